@@ -1,0 +1,195 @@
+"""Building blocks of the recurrent core.
+
+Source: HRM (arXiv:2506.21734) and its released code; token mixing by an MLP from TRM (arXiv:2510.04871).
+Letters: B puzzles, T positions (prefix + tokens), D hidden size, N heads, K head size.
+
+Parameters stay in float32; every layer computes in the dtype of its input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Standard deviation of a unit normal cut at +-2: dividing by it restores the requested one.
+_TRUNCATED_STD = 0.87962566103423978
+
+
+def trunc_normal_(tensor: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Fill `tensor` with a normal cut at two sigmas whose standard deviation *after* the cut is `std`."""
+    if std == 0:
+        return nn.init.zeros_(tensor)
+    sigma = std / _TRUNCATED_STD
+    return nn.init.trunc_normal_(tensor, std=sigma, a=-2 * sigma, b=2 * sigma, generator=generator)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm without parameters, (..., D) -> (..., D); the mean is taken in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; LeCun truncated-normal weights (out, in), cast to the dtype of x."""
+
+    def __init__(self, in_features: int, out_features: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(trunc_normal_(torch.empty(out_features, in_features), in_features**-0.5, generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Rows looked up by integer index, initialised with standard deviation `std`."""
+
+    def __init__(self, rows: int, dim: int, std: float, generator: torch.Generator | None = None):
+        super().__init__()
+        self.embedding_weight = nn.Parameter(trunc_normal_(torch.empty(rows, dim), std, generator))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.embedding_weight)
+
+
+class PuzzleEmbedding(nn.Module):
+    """One vector a puzzle identifier, starting at zero (`weights`, the released name)."""
+
+    def __init__(self, identifiers: int, dim: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(identifiers, dim))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weights)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate) * up) on the last axis; gate and up share one matrix, gate first."""
+
+    def __init__(self, dim: int, inner: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.gate_up_proj = Linear(dim, 2 * inner, generator)
+        self.down_proj = Linear(inner, dim, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def swiglu_width(dim: int, expansion: float, multiple: int) -> int:
+    """Inner width of SwiGLU as released: 2/3 of `expansion * dim`, rounded up to a multiple."""
+    return math.ceil(round(expansion * dim * 2 / 3) / multiple) * multiple
+
+
+def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary embedding, each (positions, head_dim), float32, halves repeated."""
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), inverse)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (B, T, N, K) in float32, pairing element i with element i + K/2."""
+    wide = x.float()
+    low, high = wide.chunk(2, dim=-1)
+    turned = torch.cat((-high, low), dim=-1)
+    return (wide * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention without bias or dropout, (B, T, D) -> (B, T, D).
+
+    `qkv_proj` lays out its output as queries, keys, values, head by head, as released.
+    """
+
+    def __init__(self, dim: int, num_heads: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv_proj = Linear(dim, 3 * dim, generator)
+        self.o_proj = Linear(dim, dim, generator)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
+        """rope: cos and sin (T, K), or None. bias: (N, T, T) added to the attention logits, or None."""
+        B, T, D = x.shape
+        qkv = self.qkv_proj(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        query, key, value = qkv.unbind(dim=2)  # (B, T, N, K) each
+        if rope is not None:
+            query, key = rotate(query, *rope), rotate(key, *rope)
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+            attn_mask=None if bias is None else bias.to(x.dtype),
+        )  # fmt: skip
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+class GridBias(nn.Module):
+    """Relative positions on a grid with boxes: one learned attention bias a head and relation.
+
+    Two cells are related by the bits (same row, same column, same box) and by being the same cell;
+    the prefix positions have three relations of their own (prefix to cell, cell to prefix, prefix to
+    prefix). Heads start out looking along rows, columns, boxes and everywhere, in turn: `strength` is
+    how far below its own unit everything else starts. With strength 0 the biases start at zero and the
+    geometry has to be learned.
+    """
+
+    def __init__(self, num_heads: int, side: int, box: tuple[int, int], prefix: int, strength: float):
+        super().__init__()
+        relation = grid_relations(side, box)
+        self.register_buffer("relation", F.pad(relation, (prefix, 0, prefix, 0)), persistent=False)
+        self.relation[prefix:, :prefix] = _CELL_TO_PREFIX
+        self.relation[:prefix, prefix:] = _PREFIX_TO_CELL
+        self.relation[:prefix, :prefix] = _PREFIX_TO_PREFIX
+        table = torch.zeros(num_heads, _NUM_RELATIONS)
+        for head in range(num_heads):
+            unit = head % 4
+            if unit < 3:
+                inside = (torch.arange(8) >> unit) & 1
+                table[head, :8] = -strength * (1 - inside)
+                table[head, _CELL_TO_PREFIX] = -strength
+        self.table = nn.Parameter(table)
+
+    def forward(self) -> Tensor:
+        """The bias (N, T, T), float32."""
+        return self.table[:, self.relation]
+
+
+_SELF, _PREFIX_TO_CELL, _CELL_TO_PREFIX, _PREFIX_TO_PREFIX, _NUM_RELATIONS = 8, 9, 10, 11, 12
+
+
+def grid_relations(side: int, box: tuple[int, int]) -> Tensor:
+    """(side^2, side^2) int64: bit 0 same row, bit 1 same column, bit 2 same box; 8 for the cell itself."""
+    cell = torch.arange(side * side)
+    row, column = cell // side, cell % side
+    block = (row // box[0]) * side + column // box[1]
+    same = [(unit[:, None] == unit[None, :]).long() for unit in (row, column, block)]
+    relation = same[0] + 2 * same[1] + 4 * same[2]
+    relation.fill_diagonal_(_SELF)
+    return relation
+
+
+class Block(nn.Module):
+    """Encoder block, post-norm: mix the positions, then each position's features."""
+
+    def __init__(
+        self, dim: int, num_heads: int, inner: int, positions: int, positions_inner: int, token_mixing: str,
+        eps: float, generator: torch.Generator | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.eps = eps
+        if token_mixing == "attention":
+            self.self_attn = Attention(dim, num_heads, generator)
+        else:
+            self.mlp_t = SwiGLU(positions, positions_inner, generator)  # over positions, features as batch
+        self.token_mixing = token_mixing
+        self.mlp = SwiGLU(dim, inner, generator)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
+        if self.token_mixing == "attention":
+            mixed = self.self_attn(x, rope, bias)
+        else:
+            mixed = self.mlp_t(x.transpose(1, 2)).transpose(1, 2)
+        x = rms_norm(x + mixed, self.eps)
+        return rms_norm(x + self.mlp(x), self.eps)
