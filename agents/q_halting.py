@@ -1,0 +1,92 @@
+"""HRM's own halting agent: Q-learning without target network and replay.
+
+Source: HRM, arXiv:2506.21734, section 2.2, and the released code. Departures, each on purpose:
+- a padded slot trains nothing (`valid`), where the release counts it as a right answer;
+- evaluation halts (the release runs every puzzle to max_steps);
+- the exploration floor can be drawn once an episode (the paper) or at every step (the release, the default);
+- four ways to get the bootstrap value (`q_targets`), where the release has `extra_forward` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from agents import q_targets
+from agents.base import HaltingAgent, Transition, View
+from envs.actions import CONTINUE, HALT
+from hrm_rl import rng
+from hrm_rl.core.q_head import QHead
+from hrm_rl.errors import UserError
+
+
+class QHaltingAgent(HaltingAgent):
+    """Wraps the core, owns the Q-head, halts where q_halt > q_continue.
+
+    Args:
+        core: The recurrent core; read for its hidden size and for `extra_forward` targets.
+        max_steps: The budget of the episodes.
+        bootstrap: Where the continue target comes from (`agents.q_targets`).
+        epsilon: Probability that the exploration floor M_min is drawn from {2..max_steps} instead of 1.
+        exploration: Draw the floor once an episode (the paper) or at every step (the released code).
+        q_bias: Where both Q-logits start.
+    """
+
+    learns = True
+
+    def __init__(
+        self, core: nn.Module, max_steps: int, bootstrap: q_targets.Bootstrap = "extra_forward",
+        epsilon: float = 0.1, exploration: Literal["per_step", "per_episode"] = "per_step", q_bias: float = -5.0,
+    ):  # fmt: skip
+        super().__init__()
+        if bootstrap not in q_targets.BOOTSTRAPS:
+            raise UserError(f"bootstrap must be one of {', '.join(q_targets.BOOTSTRAPS)}, not {bootstrap!r}")
+        if not 0 <= epsilon <= 1:
+            raise UserError(f"agent.epsilon must be between 0 and 1, not {epsilon}")
+        if exploration not in ("per_step", "per_episode"):
+            raise UserError(f"agent.exploration must be per_step or per_episode, not {exploration!r}")
+        object.__setattr__(self, "core", core)  # wrapped, not owned: its parameters are listed once, by the trainer
+        self.q_head = QHead(core.hidden_size, q_bias)
+        self.max_steps = max_steps
+        self.bootstrap = bootstrap
+        self.epsilon = epsilon
+        self.exploration = exploration
+
+    def scores(self, z_H: Tensor) -> Tensor:
+        return self.q_head(z_H)
+
+    @torch.no_grad()
+    def act(self, view: View, q_logits: Tensor | None = None, explore: bool = False) -> Tensor:
+        if q_logits is None:
+            q_logits = self.scores(view.z_H)
+        wish = q_targets.wants_halt(q_logits, self.bootstrap)
+        floor = self._floor(view) if explore else torch.ones_like(view.steps)
+        return torch.where(q_targets.halts(wish, view.steps, floor, self.max_steps), HALT, CONTINUE)
+
+    def _floor(self, view: View) -> Tensor:
+        """M_min of every slot: fixed by the episode's key, and by the step where it is drawn anew each step."""
+        if self.max_steps < 2:
+            return torch.ones_like(view.steps)
+        key = rng.fold(view.key, _EXPLORE)
+        if self.exploration == "per_step":
+            key = rng.fold(key, view.steps)
+        u, v = rng.uniform(key, 2).unbind(dim=-1)
+        return q_targets.min_steps(u, 2 + (v * (self.max_steps - 1)).long(), self.epsilon)
+
+    def loss(self, transition: Transition) -> q_targets.QLosses:
+        view, continued = transition.view, ~transition.ended
+        if transition.next_z_H is None:  # bootstrap=none, or a budget of one segment
+            target_continue = torch.zeros_like(view.steps, dtype=torch.float32)
+            has_continue = torch.zeros_like(continued)
+        else:
+            with torch.no_grad():
+                next_q_logits = self.scores(transition.next_z_H)
+            target_continue = q_targets.continue_target(next_q_logits, view.steps >= self.max_steps)
+            has_continue = q_targets.continue_mask(self.bootstrap, continued)
+        target_halt = q_targets.halt_target(transition.is_correct)
+        return q_targets.q_losses(transition.q_logits, target_halt, target_continue, view.valid, has_continue)
+
+
+_EXPLORE = 0x45585031  # purpose of the exploration draws, apart from every other use of an episode's key

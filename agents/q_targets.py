@@ -1,0 +1,106 @@
+"""HRM's halting targets as pure functions of tensors: no model, no configuration, no hidden state.
+
+Source: HRM, arXiv:2506.21734, section 2.2 (adaptive computation time), and the released code.
+Letters: B slots. Logits and probabilities never share a name: q_logits (B, 2) are in the order (HALT,
+CONTINUE), q_values = sigmoid(q_logits).
+
+The bootstrap modes differ only in where the next segment's q_logits come from and for which slots there
+is a continue target (DESIGN, section 4):
+
+- extra_forward     one more segment from the detached state with today's weights; every slot
+- shared_prefix     a gradient-free run of the segment that comes next; slots that continue
+- next_observation  the next observation the environment returned; slots that continue
+- none              no continue target at all (TRM, arXiv:2510.04871)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Bootstrap = Literal["extra_forward", "shared_prefix", "next_observation", "none"]
+BOOTSTRAPS: tuple[str, ...] = ("extra_forward", "shared_prefix", "next_observation", "none")
+
+
+def halt_target(is_correct: Tensor) -> Tensor:
+    """Value of HALT: the reward itself. is_correct (B,) bool -> (B,) float32, 1 where the answer is right."""
+    return is_correct.detach().float()
+
+
+def continue_target(next_q_logits: Tensor, at_limit: Tensor) -> Tensor:
+    """Bootstrapped value of CONTINUE: the best that the next segment promises, gamma = 1.
+
+    next_q_logits (B, 2) of segment m + 1; at_limit (B,) bool, whether m >= max_steps: from there halting
+    is the only move left. Returns (B,) in [0, 1], without gradient.
+    """
+    next_halt, next_continue = next_q_logits.detach().float().unbind(dim=-1)
+    return torch.where(at_limit, next_halt, torch.maximum(next_halt, next_continue)).sigmoid()
+
+
+def continue_mask(bootstrap: str, continued: Tensor) -> Tensor:
+    """Slots that have a continue target: (B,) bool from `continued` (B,) bool.
+
+    `extra_forward` looks one segment ahead of every slot, also of those that halt, as released; the modes
+    that read the segment which really comes next have one only where the episode goes on. Raises
+    ValueError for an unknown mode.
+    """
+    if bootstrap == "extra_forward":
+        return torch.ones_like(continued)
+    if bootstrap in ("shared_prefix", "next_observation"):
+        return continued
+    if bootstrap == "none":
+        return torch.zeros_like(continued)
+    raise ValueError(f"unknown bootstrap {bootstrap!r}; choose one of {', '.join(BOOTSTRAPS)}")
+
+
+class QLosses(NamedTuple):
+    """Binary cross entropies of both actions and the TD errors. B slots; masked slots hold 0."""
+
+    halt: Tensor  # (B,) BCE(q_halt, G_halt)
+    cont: Tensor  # (B,) BCE(q_continue, G_continue)
+    td_error_halt: Tensor  # (B,) G_halt - sigmoid(q_halt), no gradient
+    td_error_continue: Tensor  # (B,) G_continue - sigmoid(q_continue), no gradient
+
+
+def q_losses(
+    q_logits: Tensor, target_halt: Tensor, target_continue: Tensor, valid: Tensor, has_continue: Tensor
+) -> QLosses:
+    """The Q-objective per slot, in the released scale once summed and divided by B.
+
+    q_logits (B, 2) with gradient; target_halt, target_continue (B,) without; valid (B,) bool leaves out
+    padding (the released code counts a padded row as a right answer and trains q_halt on it: here the
+    mask says no); has_continue (B,) bool as `continue_mask` gives it.
+    """
+    q_halt, q_continue = q_logits.float().unbind(dim=-1)
+    on_halt, on_continue = valid.float(), (valid & has_continue).float()
+    values = q_logits.detach().float().sigmoid()
+    return QLosses(
+        halt=F.binary_cross_entropy_with_logits(q_halt, target_halt, reduction="none") * on_halt,
+        cont=F.binary_cross_entropy_with_logits(q_continue, target_continue, reduction="none") * on_continue,
+        td_error_halt=(target_halt - values[:, 0]) * on_halt,
+        td_error_continue=(target_continue - values[:, 1]) * on_continue,
+    )
+
+
+def min_steps(u: Tensor, drawn: Tensor, epsilon: float) -> Tensor:
+    """Exploration floor M_min: `drawn` where u < epsilon, else 1.
+
+    u (B,) uniform in [0, 1); drawn (B,) int64 uniform in {2..max_steps}. Returns (B,) int64. (The released
+    code writes 0 instead of 1 for "no floor": steps start at 1, so both mean the same.)
+    """
+    return torch.where(u < epsilon, drawn, torch.ones_like(drawn))
+
+
+def wants_halt(q_logits: Tensor, bootstrap: str) -> Tensor:
+    """Greedy choice, (B, 2) -> (B,) bool: q_halt > q_continue (strictly), or q_halt > 0 without continue target."""
+    if bootstrap == "none":
+        return q_logits[:, 0] > 0
+    return q_logits[:, 0] > q_logits[:, 1]
+
+
+def halts(wish: Tensor, steps: Tensor, floor: Tensor, max_steps: int) -> Tensor:
+    """Halting in training: at the budget, or by `wish` once `steps` reaches the floor. All (B,)."""
+    return (steps >= max_steps) | (wish & (steps >= floor))
