@@ -28,9 +28,11 @@ def _mix(x: Tensor) -> Tensor:
 
 def fold(key: Tensor, data: Tensor | int) -> Tensor:
     """A new key from an old one and a number (an episode, a purpose). Shapes broadcast; int64."""
-    if isinstance(data, int):
-        data = torch.tensor(data, dtype=torch.int64, device=key.device)
-    return _mix(_mix(key + _GOLDEN) ^ (data.to(torch.int64) * _GOLDEN))
+    if isinstance(data, int):  # as a Python number, which needs no transfer to the device
+        spread = (data * _GOLDEN + 2**63) % 2**64 - 2**63
+    else:
+        spread = data.to(torch.int64) * _GOLDEN
+    return _mix(_mix(key + _GOLDEN) ^ spread)
 
 
 def uniform(key: Tensor, count: int) -> Tensor:
