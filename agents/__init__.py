@@ -3,8 +3,6 @@
 from agents.base import HaltingAgent, Transition, View
 from agents.fixed import FixedAgent
 from agents.q_halting import QHaltingAgent
+from agents.registry import AGENTS, find_agent, make_agent
 
-#: Agents by the short names of the command line.
-AGENTS = {"q": QHaltingAgent, "fixed": FixedAgent}
-
-__all__ = ["AGENTS", "FixedAgent", "HaltingAgent", "QHaltingAgent", "Transition", "View"]
+__all__ = ["AGENTS", "FixedAgent", "HaltingAgent", "QHaltingAgent", "Transition", "View", "find_agent", "make_agent"]

@@ -32,6 +32,7 @@ from hrm_rl.core.layers import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTO = torch.float32  # what a core computes in where nobody has chosen for the machine at hand
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class CoreConfig:
         puzzle_emb_ndim: Size of the puzzle embedding put in front; it takes ceil(ndim / hidden_size)
             prefix positions. 0: no prefix, and the Q-head reads the first token.
         num_puzzle_identifiers: Rows of the puzzle embedding.
-        dtype: What the core computes in; parameters stay float32.
+        dtype: What the core computes in; parameters stay float32. The commands turn auto into bfloat16 where
+            the hardware multiplies it natively; a core built with auto computes in float32.
     """
 
     vocab_size: int = 11
@@ -80,7 +82,7 @@ class CoreConfig:
     rms_norm_eps: float = 1e-5
     puzzle_emb_ndim: int = 128
     num_puzzle_identifiers: int = 1
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
         positive = (
@@ -145,7 +147,7 @@ class HRMCore(nn.Module):
         self.hidden_size = D
         self.prefix_len = c.prefix_len
         self.num_positions = c.prefix_len + c.seq_len
-        self.dtype = DTYPES[c.dtype]
+        self.dtype = DTYPES.get(c.dtype, _AUTO)
         self.embed_scale = math.sqrt(D)
         self.observation_bound = 1.01 * math.sqrt(D)  # the last norm keeps |z| below sqrt(D); bf16 rounds
 

@@ -33,7 +33,9 @@ def from_released(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return core, q_head
 
 
-def to_released(core: Mapping[str, Tensor], q_head: Mapping[str, Tensor], prefix: str = _PREFIXES[0]) -> dict[str, Tensor]:
+def to_released(
+    core: Mapping[str, Tensor], q_head: Mapping[str, Tensor], prefix: str = _PREFIXES[0]
+) -> dict[str, Tensor]:
     """The inverse: one state dict under the released names."""
     named = {f"{prefix}{name}": value for name, value in core.items()}
     return named | {f"{prefix}q_head.{name}": value for name, value in q_head.items()}

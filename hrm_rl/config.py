@@ -1,0 +1,172 @@
+"""The configuration of a training run: frozen dataclasses, one sentence a field, unknown keys refused.
+
+A YAML file holds only what differs from these defaults, which are the recipe of the default run. The
+resolved configuration is written beside the checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from agents.q_targets import Bootstrap
+from hrm_rl.core import CoreConfig
+from hrm_rl.core.io import core_config
+from hrm_rl.devices import pick_device, pick_dtype
+from hrm_rl.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser: AdamW, one step a segment (deep supervision).
+
+    Args:
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay, on every parameter as released.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        warmup_steps: Updates over which the learning rate rises linearly from 0.
+        schedule: What follows the warm-up: constant (the release), or a linear or cosine decay.
+        final_lr: Where a decay ends, as a share of lr.
+        grad_clip: Largest gradient norm; 0 is off, as released.
+        ema: Decay of the running average of the weights that evaluation uses; 0 is off.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    warmup_steps: int = 50
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    final_lr: float = 0.0
+    grad_clip: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("optim", self, lr=(0, None), weight_decay=(0, None), beta1=(0, 1), beta2=(0, 1), eps=(0, None),
+               warmup_steps=(0, None), final_lr=(0, 1), grad_clip=(0, None), ema=(0, 1))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        env: Registered id of the environment.
+        size: Side of the Sudoku grid: 4, 6 or 9.
+        data: Training puzzles: a .csv or .csv.gz file, hf://owner/name, or nothing for the shipped set.
+        test_data: Unseen puzzles for the report: likewise.
+        train_limit: Train on this many puzzles, picked at random by a fixed seed; 0 takes all.
+        test_limit: At most this many test puzzles; 0 takes all.
+        augment: Draw a random symmetry of every puzzle (digits, bands, rows, stacks, columns, transpose).
+        out: Folder in which the run's own folder is made.
+        name: Name of the run's folder; empty makes one from the objective, the seed and the time.
+        init_core: Weights to start from (a run, checkpoint or model file). Only objective=q starts from
+            the packaged core where none is named; training the core starts from scratch.
+        objective: joint (supervised and Q), supervised (the Q-head is untouched), q (the core is frozen
+            and not held by the optimiser).
+        q_to_core: Whether the gradient of the Q-loss reaches the core (joint only).
+        bootstrap: Where the target of CONTINUE comes from: extra_forward (the release), shared_prefix,
+            next_observation (never reaches the core), none (no continue loss).
+        loss: The supervised loss: softmax or stablemax cross entropy.
+        supervised_weight: Weight of the supervised loss.
+        halt_weight: Weight of the loss of q_halt (0.5 in the release).
+        continue_weight: Weight of the loss of q_continue (0.5 in the release).
+        num_envs: Slots of the environment: the batch size.
+        max_steps: Segments after which an episode is forced to halt.
+        ponder_cost: Price of every CONTINUE, in the environment's reward (not in HRM's targets).
+        total_steps: Optimiser updates; each runs one segment in every slot.
+        time_budget: Seconds after which training ends whatever total_steps says; 0 is no limit. The
+            learning-rate decay then follows whichever is further on.
+        seed: Fixes weights, puzzles, symmetries and exploration.
+        device: auto takes a GPU where there is one, otherwise the CPU.
+        compile: Compile the core with torch.compile: auto does so where a compiler is found.
+        log_every: Updates between two lines of metrics.
+        eval_every: Updates between two evaluations during training; 0 is off.
+        eval_puzzles: Test puzzles in an evaluation during training.
+        checkpoint_every: Updates between two checkpoints; 0 saves at the end only.
+        report_steps: Segments in the report's table; 0 stands for max_steps.
+        optim: The optimiser.
+        core: The core.
+    """
+
+    env: str = "SudokuHalt-v0"
+    size: Literal[4, 6, 9] = 9
+    data: str | None = None
+    test_data: str | None = None
+    train_limit: int = 0
+    test_limit: int = 1000
+    augment: bool = True
+    out: str = "runs"
+    name: str = ""
+    init_core: str | None = None
+    objective: Literal["joint", "supervised", "q"] = "joint"
+    q_to_core: bool = True
+    bootstrap: Bootstrap = "shared_prefix"
+    loss: Literal["softmax", "stablemax"] = "softmax"
+    supervised_weight: float = 1.0
+    halt_weight: float = 0.5
+    continue_weight: float = 0.5
+    num_envs: int = 64
+    max_steps: int = 8
+    ponder_cost: float = 0.0
+    total_steps: int = 1000
+    time_budget: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    log_every: int = 20
+    eval_every: int = 0
+    eval_puzzles: int = 256
+    checkpoint_every: int = 200
+    report_steps: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    core: CoreConfig = field(default_factory=CoreConfig)
+
+    def __post_init__(self) -> None:
+        _check("", self, train_limit=(0, None), test_limit=(0, None), supervised_weight=(0, None), halt_weight=(0, None),
+               continue_weight=(0, None), num_envs=(1, None), max_steps=(1, None), ponder_cost=(0, None),
+               total_steps=(1, None), time_budget=(0, None), log_every=(1, None), eval_every=(0, None),
+               eval_puzzles=(1, None), checkpoint_every=(0, None), report_steps=(0, None))  # fmt: skip
+        if self.core.seq_len != self.size**2 or self.core.vocab_size != self.size + 2:
+            raise UserError(
+                f"core.seq_len={self.core.seq_len} and core.vocab_size={self.core.vocab_size} do not fit size="
+                f"{self.size}, which needs {self.size**2} and {self.size + 2}"
+            )
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> TrainConfig:
+        """From plain nested values as YAML and flags give them; core.dtype "auto" is decided by the device.
+
+        The size of the task sets core.seq_len and core.vocab_size where they stand at their defaults.
+        Raises UserError for a value out of range.
+        """
+        values = dict(values)
+        optim, core = dict(values.pop("optim", {})), dict(values.pop("core", {}))
+        side = values.get("size", cls.size)
+        for name, needed in (("seq_len", side**2), ("vocab_size", side + 2)):
+            if core.get(name, getattr(CoreConfig, name)) == getattr(CoreConfig, name):
+                core[name] = needed
+        device = pick_device(values.get("device", cls.device))
+        core["dtype"] = pick_dtype(core.get("dtype", CoreConfig.dtype), device)
+        try:
+            return cls(**values, optim=OptimConfig(**optim), core=core_config(core))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def to_values(self) -> dict[str, Any]:
+        """Plain nested values for YAML; `from_values` reads them back."""
+        values = asdict(self)
+        values["core"]["box"] = list(values["core"]["box"])
+        return values
+
+
+def _check(group: str, config: object, **ranges: tuple[float | None, float | None]) -> None:
+    """Raise UserError for the first number outside its range (ends included)."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if (low is not None and value < low) or (high is not None and value > high):
+            said = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise UserError(f"{group + '.' if group else ''}{name} must be {said}, not {value}")

@@ -1,0 +1,119 @@
+"""Evaluate a run or a model file: `python -m hrm_rl.evaluate RUN [--max-steps 1 2 4 8 16]`.
+
+Each puzzle is counted exactly once, at its own halt. Budgets beyond the one trained with are allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hrm_rl import cli
+from hrm_rl.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser("python -m hrm_rl.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", nargs="?", default=None, metavar="RUN",
+                        help="run folder, checkpoint folder or model file; nothing: the core that ships")  # fmt: skip
+    parser.add_argument("--max-steps", type=int, nargs="+", default=None,
+                        help="budgets to report the learned halt for (default: the one trained with)")  # fmt: skip
+    parser.add_argument("--data", default=None, help=".csv, .csv.gz or hf://owner/name (default: the shipped test set)")
+    parser.add_argument("--limit", type=int, default=0, help="at most this many puzzles; 0 is all (default: 0)")
+    parser.add_argument("--agent", default="q", help="q (the learned halt), fixed, or an import path (default: q)")
+    parser.add_argument("--agent-args", default="{}", metavar="JSON", help='its arguments, e.g. \'{"k": 4}\'')
+    parser.add_argument("--batch-size", type=int, default=128, help="puzzles in work at once (default: 128)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--out", default=None, help="write the report as JSON to this file as well")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options = build_parser().parse_args(argv)
+    import torch
+
+    from hrm_rl import evaluation
+    from hrm_rl.checkpoint import write_atomically
+    from hrm_rl.core import HRMCore
+    from hrm_rl.core.hrm import DTYPES
+    from hrm_rl.core.io import load_core
+    from hrm_rl.devices import describe, pick_device, pick_dtype
+    from hrm_rl.tasks import load_puzzles
+
+    device = pick_device(options.device)
+    if options.dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {options.dtype!r}")
+    if options.batch_size < 1 or options.limit < 0:
+        raise UserError("--batch-size must be at least 1 and --limit at least 0")
+    loaded = load_core(options.run)
+    core = _in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
+    trained_with = int(loaded.meta.get("max_steps", 16))
+    budgets = sorted(set(options.max_steps or [trained_with]))
+    if budgets[0] < 1:
+        raise UserError(f"--max-steps must be at least 1, not {budgets[0]}")
+    side = round(core.config.seq_len**0.5)
+    puzzles = load_puzzles(options.data or f"sudoku-{side}", side, "test", limit=options.limit or None)
+
+    agent = _make_agent(options, loaded, core, budgets[-1])
+    agent.to(device)
+
+    from tqdm import tqdm
+
+    with tqdm(total=len(puzzles), unit="puzzle", disable=None, file=sys.stderr) as bar:
+        run = evaluation.trajectories(
+            core, agent, puzzles, budgets[-1], options.batch_size, device, progress=bar.update
+        )
+    solved = evaluation.solve(core, agent, puzzles, budgets[-1], options.batch_size, device)
+    result = evaluation.report(run, budgets, solved) | {
+        "model": loaded.source, "test": puzzles.name, "test_sha256": puzzles.sha256, "agent": options.agent,
+        "trained_with_max_steps": trained_with, "machine": describe(device), "torch": torch.__version__,
+    }  # fmt: skip
+    print(evaluation.table(result, puzzles.name))
+    if options.out:
+        try:
+            write_atomically(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
+    return 0
+
+
+def _make_agent(options, loaded, core, max_steps: int):
+    """The agent of --agent; the learned one gets the Q-head that lies beside the core."""
+    from agents import QHaltingAgent, find_agent, make_agent
+
+    agent_class = find_agent(options.agent)
+    try:
+        arguments = json.loads(options.agent_args)
+        if not isinstance(arguments, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UserError(f"--agent-args must be a JSON object, not {options.agent_args!r} ({error})") from error
+    bootstrap = loaded.meta.get("bootstrap", "extra_forward")
+    agent = make_agent(agent_class, core, max_steps, bootstrap, arguments)
+    if isinstance(agent, QHaltingAgent):
+        if loaded.q_head is None:
+            raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
+        agent.q_head.load_state_dict(loaded.q_head.state_dict())
+    return agent
+
+
+def _in_dtype(core_class: type, core, dtype: str):
+    """The same core computing in another dtype."""
+    from dataclasses import replace
+
+    twin = core_class(replace(core.config, dtype=dtype))
+    twin.load_state_dict(core.state_dict())
+    return twin
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,244 @@
+"""Evaluation: every puzzle counted exactly once, at its own halt.
+
+Two ways to the same numbers. `trajectories` runs every puzzle through all segments once and reads off what
+any budget would have given; `solve` halts for real, and a slot that halts takes the next puzzle, so that its
+wall-clock follows the compute that halting saves. Letters: N puzzles, M segments, B slots, S tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from agents.base import HaltingAgent, View
+from envs.actions import HALT
+from hrm_rl import rng
+from hrm_rl.core.base import CoreOutput, State
+from hrm_rl.tasks import PuzzleSet
+
+Segment = Callable[[Tensor, State], CoreOutput]
+_KEY = 0x4556414C  # key of the agents' randomness in evaluation: a puzzle's index folded into it
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What every puzzle did in segments 1..M, on the CPU. Row m - 1 is segment m."""
+
+    exact: Tensor  # (M, N) bool, whole answer right
+    token: Tensor  # (M, N) float32, share of right cells
+    wish: Tensor  # (M, N) bool, the agent says HALT
+    q_logits: Tensor | None  # (M, N, 2) float32, None for an agent without values
+    seconds: float  # wall-clock of the core and the agent
+
+    def halt_steps(self, max_steps: int) -> Tensor:
+        """(N,) int64: first segment at which the agent halts, at most `max_steps`."""
+        wish = self.wish[:max_steps].clone()
+        wish[max_steps - 1] = True
+        return wish.int().argmax(dim=0) + 1
+
+    def at(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """(exact, token), (N,) each, read at segment `steps` (N,)."""
+        row = (steps - 1)[None]
+        return self.exact.gather(0, row)[0], self.token.gather(0, row)[0]
+
+
+def _score(logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """(exact, token) of logits (B, S, V) against answers (B, S), padding (0) left out; (B,) each."""
+    scored = answers > 0
+    right = ((logits.argmax(-1) == answers) & scored).sum(-1)
+    cells = scored.sum(-1)
+    return (right == cells) & (cells > 0), right.float() / cells.clamp(min=1)
+
+
+def _view(output: CoreOutput, steps: Tensor, answers: Tensor, index: Tensor) -> View:
+    key = rng.fold(torch.full_like(index, _KEY), index)
+    return View(output.state.z_H, output.logits, steps, (answers > 0).any(-1), key)
+
+
+def _row(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.view(-1, *(1 for _ in like.shape[1:]))
+
+
+@torch.no_grad()
+def trajectories(
+    core: nn.Module, agent: HaltingAgent, puzzles: PuzzleSet, max_steps: int, batch_size: int = 256,
+    device: str | torch.device = "cpu", segment: Segment | None = None, progress: Callable[[int], None] | None = None,
+) -> Trajectories:  # fmt: skip
+    """Run every puzzle through `max_steps` segments. `segment` replaces the core's call (a compiled one).
+
+    The last batch is filled up with repeats so that shapes stay fixed; the repeats are not counted.
+    """
+    segment = segment or core
+    agent_max = _set_max_steps(agent, max_steps + 1)  # so that only wishes count, not the budget
+    parts: list[tuple[Tensor, ...]] = []
+    q_parts: list[Tensor] = []
+    began = time.perf_counter()
+    try:
+        for first in range(0, len(puzzles), batch_size):
+            index = torch.arange(first, first + batch_size).clamp(max=len(puzzles) - 1)
+            count = min(batch_size, len(puzzles) - first)
+            questions = puzzles.questions[index.to(puzzles.questions.device)].to(device).long()
+            answers = puzzles.answers[index.to(puzzles.answers.device)].to(device).long()
+            state, index = _first_state(core, batch_size), index.to(device)
+            rows, q_rows = [], []
+            for step in range(1, max_steps + 1):
+                output = segment(questions, state)
+                state = output.state
+                view = _view(output, torch.full_like(index, step), answers, index)
+                q_logits = agent.scores(view.z_H)
+                wish = agent.act(view, q_logits) == HALT
+                rows.append(torch.stack((*(x.float() for x in _score(output.logits, answers)), wish.float())))
+                if q_logits is not None:
+                    q_rows.append(q_logits)
+            parts.append(torch.stack(rows)[:, :, :count].cpu())
+            if q_rows:
+                q_parts.append(torch.stack(q_rows)[:, :count].float().cpu())
+            if progress:
+                progress(count)
+    finally:
+        _set_max_steps(agent, agent_max)
+    joined = torch.cat(parts, dim=-1)
+    return Trajectories(
+        exact=joined[:, 0] > 0.5, token=joined[:, 1], wish=joined[:, 2] > 0.5,
+        q_logits=torch.cat(q_parts, dim=1) if q_parts else None, seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One line a puzzle, in the order of the puzzle set."""
+
+    exact: Tensor  # (N,) bool
+    token: Tensor  # (N,) float32
+    steps: Tensor  # (N,) int64, segments used
+    answers: Tensor  # (N, S) uint8, the tokens answered
+    seconds: float
+    segments_run: int  # slots times core calls, idle slots included: what the wall-clock paid for
+
+
+@torch.no_grad()
+def solve(
+    core: nn.Module, agent: HaltingAgent, puzzles: PuzzleSet, max_steps: int, batch_size: int = 256,
+    device: str | torch.device = "cpu", segment: Segment | None = None,
+) -> Solved:  # fmt: skip
+    """Halt for real: a slot that halts takes the next puzzle in the next core call."""
+    segment = segment or core
+    agent_max = _set_max_steps(agent, max_steps)
+    total, slots = len(puzzles), min(batch_size, len(puzzles))
+    questions, answers = puzzles.questions.to(device).long(), puzzles.answers.to(device).long()
+    exact = torch.zeros(total, dtype=torch.bool)
+    token, steps_used = torch.zeros(total), torch.zeros(total, dtype=torch.int64)
+    given = torch.zeros_like(puzzles.answers, device="cpu")
+    index = torch.arange(slots, device=device)
+    waiting, calls = slots, 0
+    state, steps = _first_state(core, slots), torch.zeros(slots, dtype=torch.int64, device=device)
+    busy = torch.ones(slots, dtype=torch.bool, device=device)
+    began = time.perf_counter()
+    try:
+        while True:
+            output = segment(questions[index], state)
+            calls, steps = calls + 1, steps + 1
+            view = _view(output, steps, answers[index], index)
+            ends = busy & ((agent.act(view) == HALT) | (steps >= max_steps))
+            state = output.state
+            ended = ends.nonzero()[:, 0]
+            if not len(ended):
+                continue
+            where = index[ended].cpu()
+            right, share = _score(output.logits[ended], answers[index[ended]])
+            exact[where], token[where], steps_used[where] = right.cpu(), share.cpu(), steps[ended].cpu()
+            given[where] = output.logits[ended].argmax(-1).to(torch.uint8).cpu()
+            fresh = torch.arange(waiting, waiting + len(ended), device=device)
+            waiting = min(total, waiting + len(ended))
+            busy[ended] = fresh < total
+            if not bool(busy.any()):
+                break
+            index[ended] = fresh.clamp(max=total - 1)
+            steps[ended] = 0
+            initial = _first_state(core, slots)
+            state = State(*(torch.where(_row(ends, z), z0, z) for z0, z in zip(initial, state, strict=True)))
+    finally:
+        _set_max_steps(agent, agent_max)
+    return Solved(exact, token, steps_used, given, time.perf_counter() - began, calls * slots)
+
+
+def _first_state(core: nn.Module, batch_size: int) -> State:
+    return core.initial_state(batch_size)
+
+
+def _set_max_steps(agent: HaltingAgent, max_steps: int | None) -> int | None:
+    """Give the agent another budget for a while; returns the one it had (None where it has none)."""
+    had = getattr(agent, "max_steps", None)
+    if had is not None and max_steps is not None:
+        agent.max_steps = max_steps
+    return had
+
+
+def report(run: Trajectories, budgets: Sequence[int], solved: Solved | None = None) -> dict:
+    """The table behind report.json: accuracy at the learned halt for every budget, and at fixed steps.
+
+    Rates are puzzles a second: of `solved` (real halting) at the largest budget of `budgets` where given,
+    otherwise what the trajectories' segments a second would allow.
+    """
+    segments, count = run.exact.shape
+    per_second = segments * count / run.seconds
+    learned = []
+    for budget in budgets:
+        steps = run.halt_steps(budget)
+        exact, token = run.at(steps)
+        row = {
+            "max_steps": budget, "exact_accuracy": exact.float().mean().item(), "token_accuracy": token.mean().item(),
+            "mean_steps": steps.float().mean().item(),
+        }  # fmt: skip
+        row["puzzles_per_second"] = per_second / row["mean_steps"]
+        if run.q_logits is not None:
+            q_halt = run.q_logits[:, :, 0].gather(0, (steps - 1)[None])[0]
+            row["q_halt_accuracy"] = ((q_halt >= 0) == exact).float().mean().item()
+        learned.append(row)
+    if solved is not None:
+        learned[-1]["puzzles_per_second"] = count / solved.seconds
+    fixed = [
+        {
+            "steps": m, "exact_accuracy": run.exact[m - 1].float().mean().item(),
+            "token_accuracy": run.token[m - 1].mean().item(), "puzzles_per_second": per_second / m,
+        }
+        for m in range(1, segments + 1)
+    ]  # fmt: skip
+    result = {"puzzles": count, "learned_halt": learned, "fixed_steps": fixed}
+    if run.q_logits is not None:
+        result["q_values_by_step"] = _q_by_step(run)
+    return result
+
+
+def _q_by_step(run: Trajectories) -> list[dict]:
+    """Mean Q-values of right and of wrong answers, and how many there are, segment by segment."""
+    values, rows = run.q_logits.sigmoid(), []
+    for m in range(run.exact.shape[0]):
+        row = {"step": m + 1}
+        for name, mask in (("right", run.exact[m]), ("wrong", ~run.exact[m])):
+            mean = values[m][mask].mean(dim=0).tolist() if mask.any() else [None, None]
+            row[name] = {"count": int(mask.sum()), "q_halt": mean[0], "q_continue": mean[1]}
+        rows.append(row)
+    return rows
+
+
+def table(result: dict, name: str) -> str:
+    """The report as text, one line a row."""
+    lines = [f"{result['puzzles']} unseen puzzles ({name})"]
+    lines.append(f"{'halt':<22}{'exact':>8}{'token':>8}{'steps':>8}{'puzzles/s':>11}")
+    for row in result["learned_halt"]:
+        label = f"learned, at most {row['max_steps']}"
+        lines.append(_line(label, row, row["mean_steps"]))
+    lines += [_line(f"fixed at {row['steps']}", row, row["steps"]) for row in result["fixed_steps"]]
+    return "\n".join(lines)
+
+
+def _line(label: str, row: dict, steps: float) -> str:
+    return (
+        f"{label:<22}{row['exact_accuracy']:>8.1%}{row['token_accuracy']:>8.1%}{steps:>8.2f}"
+        f"{row['puzzles_per_second']:>11.1f}"
+    )

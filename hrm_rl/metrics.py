@@ -1,0 +1,123 @@
+"""What a training run reports: running sums that stay on the device, and their writers.
+
+TAGS is the one list of metrics; docs/METRICS.md is made from it (`python -m hrm_rl.metrics`) and a test
+keeps both in step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TAGS: dict[str, str] = {
+    "loss/total": "What the optimiser minimises, per slot: the weighted sum of the losses below.",
+    "loss/supervised": "Cross entropy of the answer: mean over a puzzle's tokens, then over slots.",
+    "loss/q_halt": "Binary cross entropy between q_halt and whether the answer is right, mean over slots.",
+    "loss/q_continue": "Binary cross entropy between q_continue and its bootstrapped target, summed over the "
+    "slots that have one and divided by all slots.",
+    "halt/exact_accuracy": "Share of the episodes that ended whose whole answer was right at their halt.",
+    "halt/token_accuracy": "Share of right cells at the halt, mean over the episodes that ended.",
+    "halt/mean_steps": "Segments used by the episodes that ended: the unit of compute.",
+    "halt/q_halt_accuracy": "Share of ended episodes where the sign of q_halt agrees with being right.",
+    "halt/episodes": "Episodes that ended since the last line.",
+    "q/td_error_halt": "Mean |G_halt - sigmoid(q_halt)| over slots.",
+    "q/td_error_continue": "Mean |G_continue - sigmoid(q_continue)| over the slots that have a continue target.",
+    "q/mean_abs_logit": "Mean |q logit| over slots and both actions; growth without bound is divergence.",
+    "q/max_abs_logit": "Largest |q logit| since the last line.",
+    "q/target_drift": "Mean |G_continue now - G_continue at the last line| on 32 fixed puzzles after segment 1: "
+    "how fast the bootstrapped target moves under the learner.",
+    "state/residual_z_H": "|z_H(m) - z_H(m-1)| / |z_H(m)| (L2 over a puzzle), mean over the episodes that go on.",
+    "state/residual_z_L": "The same for z_L.",
+    "grad/core_H": "L2 norm of the gradient of f_H, at the logged update, before clipping.",
+    "grad/core_L": "L2 norm of the gradient of f_L.",
+    "grad/core_other": "L2 norm of the gradient of embeddings and output head.",
+    "grad/q_head": "L2 norm of the gradient of the Q-head.",
+    "param/max_times_decay": "Largest |weight| in the optimiser times weight decay: AdamW's bound says 1 "
+    "(Xie & Li, arXiv:2404.04454).",
+    "optim/lr": "Learning rate of the logged update.",
+    "eval/exact_accuracy": "Exact accuracy at the learned halt on the first eval_puzzles test puzzles.",
+    "eval/exact_accuracy_last": "Exact accuracy on them at max_steps.",
+    "eval/mean_steps": "Mean steps to the learned halt on them.",
+    "time/samples_per_second": "Segments (slots times updates) a second since the last line, evaluation left out.",
+    "time/elapsed": "Seconds of training, over all sessions of the run.",
+}
+
+
+class Sums:
+    """Running sums on the device, read by the host once a line. `add` never waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a scalar."""
+        value = value.detach().double()
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def largest(self, name: str, value: Tensor) -> None:
+        """Keep the larger."""
+        value = value.detach().double()
+        self.values[name] = torch.maximum(self.values[name], value) if name in self.values else value
+
+    def take(self) -> dict[str, float]:
+        """All sums as floats (one transfer); starts anew."""
+        if not self.values:
+            return {}
+        numbers = torch.stack(list(self.values.values())).tolist()
+        taken = dict(zip(self.values, numbers, strict=True))
+        self.values = {}
+        return taken
+
+
+class MetricsWriter:
+    """metrics.jsonl and TensorBoard events of a run; on resume both go back to the checkpoint's position."""
+
+    def __init__(self, run: Path, position: int = 0, step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / "metrics.jsonl"
+        self.file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        if self.file.tell() != position:
+            self.file.truncate(position)
+            self.file.seek(position)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line {"step": ..., tag: value, ...}; every tag must be in TAGS (KeyError otherwise)."""
+        for tag in values:
+            if tag not in TAGS:
+                raise KeyError(f"metric {tag!r} is not in hrm_rl.metrics.TAGS")
+            self.board.add_scalar(tag, values[tag], step)
+        self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self.file.flush()
+
+    def position(self) -> int:
+        """Bytes of metrics.jsonl written and on disk so far: what a checkpoint stores."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    with open(run / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def markdown() -> str:
+    """docs/METRICS.md."""
+    lines = ["# Metrics", "", "Every tag of `metrics.jsonl` and TensorBoard. Made by `python -m hrm_rl.metrics`."]
+    lines += ["Unless said otherwise a value is the mean since the last line.", "", "| tag | meaning |", "| --- | --- |"]
+    return "\n".join(lines + [f"| `{tag}` | {text} |" for tag, text in TAGS.items()]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,134 @@
+"""A set of puzzles in memory, and where it comes from: the package, a CSV file, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hrm_rl.errors import UserError, nearest
+from hrm_rl.tasks.csv_io import Rows, read_csv
+from hrm_rl.tasks.geometry import BOXES, box_of
+
+SPLITS = ("train", "test")
+_DATA = Path(__file__).parent / "data"
+_SHIPPED = {f"sudoku-{side}": side for side in BOXES}
+
+
+@dataclass(frozen=True)
+class PuzzleSet:
+    """N puzzles of one task and side as tokens (0 padding, 1 blank, digit d = d + 1). S cells, row by row."""
+
+    task: str
+    side: int
+    questions: Tensor  # (N, S) uint8
+    answers: Tensor  # (N, S) uint8, no blanks; 0 where a row is padding
+    ratings: Tensor  # (N,) float32, larger is harder
+    sources: tuple[str, ...]
+    name: str  # where it came from, for reports
+    sha256: str = ""  # of the content; worked out where it is not given
+
+    def __post_init__(self) -> None:
+        grid = (len(self.sources), self.side**2)
+        for field, shape in (("questions", grid), ("answers", grid), ("ratings", grid[:1])):
+            if tuple(getattr(self, field).shape) != shape:
+                raise ValueError(f"{field} must be {shape}, not {tuple(getattr(self, field).shape)}")
+        if not self.sha256:
+            object.__setattr__(self, "sha256", self._digest())
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(f"{self.task}-{self.side}".encode())
+        for tensor in (self.questions, self.answers, self.ratings):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def to(self, device: torch.device | str) -> PuzzleSet:
+        """The same set with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("questions", "answers", "ratings")}
+        return replace(self, **moved)
+
+    def select(self, index: Tensor) -> PuzzleSet:
+        """The puzzles at `index`: (K,) integers, or a (N,) bool mask. Asks the host for the sources."""
+        if index.dtype == torch.bool:
+            index = index.nonzero()[:, 0]
+        index = index.to(self.questions.device)
+        sources = tuple(self.sources[i] for i in index.tolist())
+        parts = {name: getattr(self, name)[index] for name in ("questions", "answers", "ratings")}
+        return replace(self, **parts, sources=sources, sha256="")
+
+    @property
+    def seq_len(self) -> int:
+        return self.side * self.side
+
+    @property
+    def vocab_size(self) -> int:
+        return self.side + 2
+
+    @property
+    def clues(self) -> Tensor:
+        """(N,) int64: how many givens each puzzle has."""
+        return (self.questions > 1).sum(1)
+
+
+def load_puzzles(
+    source: str | Path,
+    side: int | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    check_unique: bool = False,
+) -> PuzzleSet:
+    """Read and check a set of puzzles.
+
+    source: "sudoku-4" | "sudoku-6" | "sudoku-9" (ships with the package), a path that ends in .csv or
+    .csv.gz, or "hf://owner/name" (the file {split}.csv of a dataset on the Hub).
+    side: the side it must have; None takes what the file holds. split: "train" or "test" (not for a path).
+    limit: read no more than the first so many. check_unique: also refuse puzzles with several solutions.
+    Raises UserError, one line, "file:line: reason"."""
+    text = str(source)
+    if side is not None:
+        box_of(side)
+    if text.startswith("hf:/"):  # a Path turns // into /
+        path = _from_hub("hf://" + text[3:].lstrip("/"), split)
+    elif text.endswith((".csv", ".csv.gz")):
+        path = Path(text).expanduser()
+    elif text in _SHIPPED:
+        if split not in SPLITS:
+            raise UserError(f"{text} has the splits {' and '.join(SPLITS)}, not {split!r}")
+        if side not in (None, _SHIPPED[text]):
+            raise UserError(f"{text} holds puzzles of side {_SHIPPED[text]}, not {side}")
+        path = _DATA / f"{text}-{split}.csv.gz"
+    else:
+        raise UserError(
+            f"unknown data {text!r}{nearest(text, _SHIPPED)} (a path ending in .csv or .csv.gz, "
+            f"hf://owner/name, or one of {', '.join(_SHIPPED)})"
+        )
+    shown = text if path == Path(text) else f"{text} ({split})"
+    return from_rows(read_csv(path, side, limit, check_unique), shown)
+
+
+def from_rows(rows: Rows, name: str) -> PuzzleSet:
+    """Digits, as read from a file or generated, to tokens."""
+    questions, answers = torch.from_numpy(rows.questions) + 1, torch.from_numpy(rows.answers) + 1
+    ratings = torch.from_numpy(rows.ratings).clone()
+    return PuzzleSet("sudoku", rows.side, questions, answers, ratings, rows.sources, name)
+
+
+def _from_hub(source: str, split: str) -> Path:
+    repo = source.removeprefix("hf://")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"{source}: must read hf://owner/name")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(f"{source}: needs huggingface_hub (pip install huggingface_hub)") from None
+    try:
+        return Path(hf_hub_download(repo_id=repo, filename=f"{split}.csv", repo_type="dataset"))
+    except Exception as error:  # the Hub client has no common base for wrong names, no access and no network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: cannot fetch {split}.csv ({type(error).__name__}: {reason})") from None

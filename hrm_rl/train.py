@@ -1,0 +1,296 @@
+"""Train a core and a halting agent: `python -m hrm_rl.train --env SudokuHalt-v0`.
+
+A run is a folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, report.json, training.png.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hrm_rl import cli
+from hrm_rl.errors import UserError
+
+DESCRIPTION = (
+    "Train a recurrent reasoner and its halting agent. Every flag is also a key of the YAML file given by "
+    "--config. Without flags: 9x9 Sudoku on this machine, the recipe of the README."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    began = time.perf_counter()
+    parser = build_parser()
+    options = cli.parse(parser, argv)
+    if options.resume:
+        return _Session(began).resume(Path(options.resume), options, argv)
+    config, agent_class, agent_arguments = read_options(options)
+    return _Session(began).start(config, agent_class, agent_arguments)
+
+
+def build_parser():
+    """The parser of this command; its --help explains every field."""
+    from hrm_rl.config import TrainConfig
+
+    parser = cli.make_parser("python -m hrm_rl.train", DESCRIPTION)
+    parser.add_class_arguments(TrainConfig)
+    parser.add_argument("--agent", type=str, default="auto",
+                        help="Halting agent: q, fixed, or an import path (my_package.my_file.MyAgent); auto is q, "
+                        "and fixed where objective=supervised")  # fmt: skip
+    parser.add_argument("--agent_args", type=dict, default={},
+                        help='Arguments of the agent, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
+    parser.add_argument("--resume", type=str, default="",
+                        help="Run folder to go on with; its own configuration counts, only total_steps and "
+                        "time_budget may be given anew")  # fmt: skip
+    return parser
+
+
+def read_options(options) -> tuple:
+    """(TrainConfig, agent class, agent arguments) of parsed options."""
+    from agents import find_agent
+    from hrm_rl.config import TrainConfig
+
+    values = options.clone().as_dict()
+    for name in ("config", "resume", "agent", "agent_args"):
+        values.pop(name, None)
+    config = TrainConfig.from_values(values)
+    agent = options.agent
+    if agent == "auto":
+        agent = "fixed" if config.objective == "supervised" else "q"
+    return config, find_agent(agent), dict(options.agent_args)
+
+
+class _Session:
+    """One process's share of a run: from the start or a checkpoint to the end, a signal or an error."""
+
+    def __init__(self, began: float):
+        self.began = began
+        self.stop_signal: int | None = None
+
+    def start(self, config, agent_class, agent_arguments) -> int:
+        import yaml
+
+        from hrm_rl.checkpoint import write_atomically
+        from hrm_rl.metrics import MetricsWriter
+        from hrm_rl.trainer import Trainer, run_folder
+
+        trainer = Trainer(config, agent_class, agent_arguments)  # before the folder: bad input leaves nothing behind
+        self.run = run_folder(trainer.config)
+        content = trainer.config.to_values() | {
+            "agent": f"{agent_class.__module__}.{agent_class.__qualname__}", "agent_args": agent_arguments,
+        }  # fmt: skip
+        write_atomically(self.run / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+        return self._train(trainer, MetricsWriter(self.run))
+
+    def resume(self, run: Path, options, argv: Sequence[str]) -> int:
+        from hrm_rl.checkpoint import list_checkpoints, load_checkpoint
+        from hrm_rl.metrics import MetricsWriter
+        from hrm_rl.trainer import Trainer
+
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run}: no run to resume (it holds no config.yaml)")
+        given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+        refused = given - {"resume", "total_steps", "time_budget", "debug", "env"}
+        if refused:
+            name = sorted(refused)[0]
+            raise UserError(f"--{name}: a resumed run keeps its configuration (total_steps and time_budget may change)")
+        stored = cli.parse(build_parser(), ["--config", str(run / "config.yaml")])
+        config, agent_class, agent_arguments = read_options(stored)
+        changes = {n: getattr(options, n) for n in ("total_steps", "time_budget") if n in given}
+        config = replace(config, **changes)
+        checkpoints = list_checkpoints(run)
+        if not checkpoints:
+            raise UserError(f"{run}: holds no checkpoint to resume from")
+        tensors, state = load_checkpoint(checkpoints[-1])
+        trainer = Trainer(config, agent_class, agent_arguments)
+        trainer.load_state(tensors, state)
+        self.run = run
+        if trainer.step >= config.total_steps:
+            raise UserError(f"{run}: has run its {config.total_steps} updates; ask for more by --total-steps")
+        print(f"resuming {run} at update {trainer.step}")
+        return self._train(trainer, MetricsWriter(run, state["metrics_position"], trainer.step))
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def _train(self, trainer, writer) -> int:
+        from hrm_rl.trainer import NonFiniteError, is_due
+
+        c = trainer.config
+        self._catch_signals()
+        progress = _Progress(c, trainer)
+        print(f"run folder: {self.run}\n{_describe(trainer)}", flush=True)
+        clock, line_clock = time.perf_counter(), time.perf_counter()
+        try:
+            while trainer.step < c.total_steps and not self.stop_signal:
+                if c.time_budget and trainer.elapsed >= c.time_budget:
+                    break
+                coming = trainer.step + 1
+                due = is_due(coming, c.log_every) or coming == c.total_steps
+                if is_due(coming + 1, c.log_every) or coming + 1 == c.total_steps:
+                    details = trainer.update(detailed=due)
+                    trainer.keep_state_for_residual()
+                else:
+                    details = trainer.update(detailed=due)
+                now = time.perf_counter()
+                trainer.elapsed, clock = trainer.elapsed + now - clock, now
+                if due:
+                    values = trainer.line(details, now - line_clock)
+                    if is_due(coming, c.eval_every):
+                        values |= self._evaluate(trainer)
+                    writer.write(coming, values)
+                    progress.line(coming, values)
+                    clock = line_clock = time.perf_counter()
+                progress.tick(coming)
+                if is_due(coming, c.checkpoint_every):
+                    self._save(trainer, writer)
+                    clock = time.perf_counter()
+        except NonFiniteError as error:
+            writer.close()
+            raise UserError(f"{error}; the last good checkpoint is {self._last_checkpoint()}") from error
+        finally:
+            progress.close()
+        self._save(trainer, writer)
+        writer.close()
+        if self.stop_signal:
+            name = signal.Signals(self.stop_signal).name
+            print(f"\n{name}: saved at update {trainer.step}. Go on with:\n  {self._resume_command()}", flush=True)
+            return 128 + self.stop_signal
+        self._report(trainer)
+        return 0
+
+    def _catch_signals(self) -> None:
+        def remember(number, frame):
+            if self.stop_signal:  # a second one means it
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, remember)
+
+    def _evaluate(self, trainer) -> dict[str, float]:
+        count = min(trainer.config.eval_puzzles, len(trainer.test_puzzles))
+        import torch
+
+        puzzles = trainer.test_puzzles.select(torch.arange(count))
+        run = trainer.evaluate(puzzles, trainer.config.max_steps, segment=trainer.segment)
+        steps = run.halt_steps(trainer.config.max_steps)
+        return {
+            "eval/exact_accuracy": run.at(steps)[0].float().mean().item(),
+            "eval/exact_accuracy_last": run.exact[-1].float().mean().item(),
+            "eval/mean_steps": steps.float().mean().item(),
+        }
+
+    def _save(self, trainer, writer) -> None:
+        from hrm_rl.checkpoint import save_checkpoint
+
+        tensors, plain = trainer.state()
+        plain["metrics_position"] = writer.position()
+        try:
+            save_checkpoint(self.run, trainer.step, trainer.model({"run": self.run.name}), tensors, plain)
+        except OSError as error:
+            raise UserError(
+                f"{self.run}: checkpoint of update {trainer.step} could not be written ({error.strerror}); "
+                f"the last good one is {self._last_checkpoint()}"
+            ) from error
+
+    def _last_checkpoint(self) -> str:
+        from hrm_rl.checkpoint import list_checkpoints
+
+        found = list_checkpoints(self.run)
+        return str(found[-1]) if found else "none yet"
+
+    def _resume_command(self) -> str:
+        return f"{Path(sys.executable).name} -m hrm_rl.train --resume {shlex.quote(str(self.run))}"
+
+    def _report(self, trainer) -> None:
+        from hrm_rl.checkpoint import write_atomically
+        from hrm_rl.devices import describe
+        from hrm_rl.evaluation import report, solve, table
+        from hrm_rl.figures import training_figure
+        from hrm_rl.metrics import read_metrics
+
+        c = trainer.config
+        segments = c.report_steps or c.max_steps
+        puzzles = trainer.test_puzzles
+        core, agent = trainer.evaluation_models()
+        trajectories = trainer.evaluate(puzzles, segments)
+        solved = solve(core, agent, puzzles, c.max_steps, c.num_envs, trainer.device)
+        result = report(trajectories, [c.max_steps], solved)
+        minutes = (time.perf_counter() - self.began) / 60
+        result |= {
+            "test": puzzles.name, "test_sha256": puzzles.sha256, "train": trainer.puzzles.name, "run": self.run.name,
+            "seed": c.seed, "updates": trainer.step, "training_seconds": round(trainer.elapsed, 1),
+            "machine": describe(trainer.device), "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        write_atomically(self.run / "report.json", (json.dumps(result, indent=1) + "\n").encode())
+        training_figure(self.run / "training.png", read_metrics(self.run), result, f"{self.run.name}: {puzzles.name}")
+        print("\n" + table(result, puzzles.name))
+        print(f"\n{trainer.step} updates, {minutes:.1f} minutes in all.")
+        print(f"report: {self.run}/report.json, figure: {self.run}/training.png")
+
+
+def _describe(trainer) -> str:
+    from hrm_rl.devices import describe
+
+    c = trainer.config
+    size = sum(p.numel() for p in trainer.core.parameters())
+    core = getattr(trainer.core, "config", None)
+    return (
+        f"{c.env} {c.size}x{c.size}, {len(trainer.puzzles)} training puzzles ({trainer.puzzles.name}), "
+        f"{len(trainer.test_puzzles)} unseen\n"
+        f"core of {size / 1e6:.2f} M parameters in {core.dtype if core else 'its own dtype'}, objective {c.objective}, "
+        f"bootstrap {c.bootstrap}, {c.num_envs} slots, at most {c.max_steps} steps\n"
+        f"{describe(trainer.device)}{', compiled (the first update takes a while)' if trainer.compiled else ''}"
+    )
+
+
+class _Progress:
+    """A bar on a terminal, a quiet line every ten seconds elsewhere."""
+
+    def __init__(self, config, trainer):
+        from tqdm import tqdm
+
+        self.total = config.total_steps
+        self.budget = config.time_budget
+        self.trainer = trainer
+        self.bar = tqdm(total=self.total, initial=trainer.step, unit="upd", disable=None, dynamic_ncols=True)
+        self.last = 0.0
+
+    def tick(self, step: int) -> None:
+        self.bar.update(step - self.bar.n)
+
+    def line(self, step: int, values: dict[str, float]) -> None:
+        parts = [f"loss {values['loss/total']:.3f}"]
+        for label, tag, style in (
+            ("exact", "halt/exact_accuracy", ".1%"), ("steps", "halt/mean_steps", ".2f"),
+            ("|q|", "q/mean_abs_logit", ".1f"), ("seg/s", "time/samples_per_second", ".0f"),
+            ("unseen", "eval/exact_accuracy", ".1%"),
+        ):  # fmt: skip
+            if tag in values:
+                parts.append(f"{label} {values[tag]:{style}}")
+        if not self.bar.disable:
+            self.bar.set_postfix_str(" ".join(parts), refresh=False)
+            return
+        now = time.monotonic()
+        if now - self.last >= 10 or step >= self.total or "eval/exact_accuracy" in values:
+            self.last = now
+            print(f"update {step}/{self.total}  {'  '.join(parts)}  {self._left(step)}", flush=True)
+
+    def _left(self, step: int) -> str:
+        done = max(step, 1)
+        seconds = self.trainer.elapsed / done * (self.total - step)
+        if self.budget:
+            seconds = min(seconds, max(0.0, self.budget - self.trainer.elapsed))
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)

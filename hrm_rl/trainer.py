@@ -1,0 +1,445 @@
+"""The training loop: one segment in every slot, one optimiser step, again.
+
+Source: HRM, arXiv:2506.21734, section 2 (deep supervision, 1-step gradient, ACT), in the released code's scale:
+
+    L = L_sup + 0.5 * [ BCE(q_halt, G_halt) + BCE(q_continue, G_continue) ],  sums over slots / number of slots
+
+The loop trains through the very environment everyone else uses, in its torch form: the observation carries
+the gradient of the last segment. An update reads `envs.slots`, asks the agent for actions, computes the
+losses, steps the optimiser and then steps the environment, so that the next segment runs with new weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+import hrm_rl  # noqa: F401 - registers the environments
+from agents import HaltingAgent, Transition, View, make_agent
+from agents.q_targets import QLosses
+from envs.actions import HALT
+from hrm_rl import evaluation, rng
+from hrm_rl.config import TrainConfig
+from hrm_rl.core import HRMCore
+from hrm_rl.core.io import load_core, model_bytes
+from hrm_rl.devices import can_compile, pick_device
+from hrm_rl.errors import UserError
+from hrm_rl.losses import supervised_loss
+from hrm_rl.metrics import Sums
+from hrm_rl.tasks import PuzzleSet, load_puzzles
+
+PROBE_PUZZLES = 32
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient is not a number; training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The weighted terms of one update, scalars with gradient."""
+
+    supervised: Tensor | None
+    q_halt: Tensor | None
+    q_continue: Tensor | None
+
+    def total(self) -> Tensor:
+        return sum(term for term in (self.supervised, self.q_halt, self.q_continue) if term is not None)
+
+
+def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
+    """The core a run starts from: from scratch by its seed, or `init_core`; objective=q needs a trained one."""
+    if config.init_core or config.objective == "q":
+        loaded = load_core(config.init_core, device, size=config.size).core
+        differs = [n for n in ("seq_len", "vocab_size") if getattr(loaded.config, n) != getattr(config.core, n)]
+        if differs:
+            raise UserError(f"init_core: {differs[0]} is {getattr(loaded.config, differs[0])} there, the task needs "
+                            f"{getattr(config.core, differs[0])}")  # fmt: skip
+        core = HRMCore(replace(loaded.config, dtype=config.core.dtype)).to(device)
+        core.load_state_dict(loaded.state_dict())
+        return core
+    generator = torch.Generator().manual_seed(config.seed)
+    return HRMCore(config.core, generator).to(device)
+
+
+def training_puzzles(config: TrainConfig) -> PuzzleSet:
+    """The puzzles of `config.data`, or `train_limit` of them (always the same ones, whatever the seed)."""
+    puzzles = load_puzzles(config.data or f"sudoku-{config.size}", config.size, "train")
+    if not config.train_limit or config.train_limit >= len(puzzles):
+        return puzzles
+    order = torch.randperm(len(puzzles), generator=torch.Generator().manual_seed(0))
+    return puzzles.select(order[: config.train_limit].sort().values)
+
+
+class Trainer:
+    """Trains a core and a halting agent as `config` says; `run` drives it, tests call `update` themselves.
+
+    Attributes: core, agent, envs (torch form), optimizer, step (updates done), sums (running metrics),
+    ema (name -> averaged parameter; empty where off).
+    """
+
+    def __init__(
+        self, config: TrainConfig, agent_class: type[HaltingAgent], agent_arguments: dict | None = None,
+        *, core: nn.Module | None = None, puzzles: PuzzleSet | None = None, test_puzzles: PuzzleSet | None = None,
+    ):  # fmt: skip
+        self.config = config
+        self.device = pick_device(config.device)
+        torch.manual_seed(config.seed)  # for agents that draw their weights from torch's own generator
+        self.puzzles = puzzles or training_puzzles(config)
+        self.test_puzzles = test_puzzles or load_puzzles(
+            config.test_data or f"sudoku-{config.size}", config.size, "test", limit=config.test_limit or None
+        )
+        self.core = core if core is not None else make_core(config, self.device)
+        self.agent = make_agent(agent_class, self.core, config.max_steps, config.bootstrap, agent_arguments)
+        self.agent.to(self.device)
+        self.learns_core = config.objective != "q"
+        self.learns_q = config.objective != "supervised" and self.agent.learns
+        if config.objective == "q" and not self.agent.learns:
+            raise UserError(f"objective=q needs an agent that learns from Q-targets; {agent_class.__name__} does not")
+        self.core.requires_grad_(self.learns_core)
+        self.agent.requires_grad_(self.learns_q)
+        self.envs = gym.make_vec(
+            config.env, num_envs=config.num_envs, size=config.size, data=self.puzzles, core=self.core,
+            max_steps=config.max_steps, ponder_cost=config.ponder_cost, augment=config.augment,
+            device=str(self.device), tensors="torch", observation="q_token",  # the loop reads `envs.slots`
+        ).unwrapped  # fmt: skip
+        self.engine = self.envs.engine
+        self.compiled = self._compile()
+        trained = {f"core.{n}": p for n, p in self.core.named_parameters()} if self.learns_core else {}
+        if self.learns_q:
+            trained |= {f"agent.{n}": p for n, p in self.agent.named_parameters()}
+        self.trained: dict[str, nn.Parameter] = trained
+        o = config.optim
+        self.optimizer = torch.optim.AdamW(
+            list(trained.values()), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay,
+            fused=self.device.type in ("cpu", "cuda") or None,
+        )  # fmt: skip
+        self.ema = {name: p.detach().clone() for name, p in trained.items()} if o.ema else {}
+        self.step = 0
+        self.elapsed = 0.0
+        self.sums = Sums(self.device)
+        self.samples = 0  # segments since the last line
+        self.stored: Transition | None = None  # the decision before, for bootstrap=next_observation
+        self.probe_target: Tensor | None = None
+        self.previous: tuple[Tensor, Tensor] | None = None  # state one segment ago, kept at logged updates
+        self.envs.reset(seed=config.seed)
+
+    # --- set-up -------------------------------------------------------------------------------------------
+
+    def _compile(self) -> bool:
+        wanted = self.config.compile
+        if wanted == "off" or not hasattr(self.core, "tail"):
+            return False
+        if not can_compile(self.device):
+            if wanted == "on":
+                raise UserError("compile=on: no C++ compiler (CPU) or Triton (GPU) was found; use compile=off")
+            return False
+        self.engine.run_prefix = torch.compile(self.core.prefix, dynamic=False)
+        self.engine.run_tail = torch.compile(self.core.tail, dynamic=False)
+        return True
+
+    def segment(self, tokens: Tensor, state) -> object:
+        """One whole segment by the functions the environment uses (compiled where it compiles)."""
+        return self.engine.run_tail(tokens, self.engine.run_prefix(tokens, state))
+
+    # --- one update ---------------------------------------------------------------------------------------
+
+    def learning_rate(self) -> float:
+        """Linear warm-up from 0, then constant, linear or cosine decay over what is left of the run."""
+        o, c = self.config.optim, self.config
+        if self.step < o.warmup_steps:
+            return o.lr * (self.step + 1) / o.warmup_steps
+        if o.schedule == "constant":
+            return o.lr
+        progress = (self.step - o.warmup_steps) / max(1, c.total_steps - o.warmup_steps)
+        if c.time_budget:
+            progress = max(progress, self.elapsed / c.time_budget)
+        progress = min(1.0, progress)
+        left = 1 - progress if o.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return o.lr * (o.final_lr + (1 - o.final_lr) * left)
+
+    def update(self, detailed: bool = False) -> dict[str, float]:
+        """One optimiser step and one segment in every slot. `detailed` returns gradient norms and the like."""
+        slots = self.envs.slots
+        view, q_logits, actions = self._decide(slots)
+        ended = (actions == HALT) | (slots.steps >= self.config.max_steps)
+        transition = Transition(view, q_logits, actions, slots.is_correct, None, ended)
+        losses, q = self._losses(slots, transition)
+        total = losses.total()
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if self.config.optim.grad_clip:
+            nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.optim.grad_clip)
+        self._record(slots, transition, losses, total, q)
+        details = self._details(slots, ended, lr, losses, total) if detailed else {}
+        self.optimizer.step()
+        self._average()
+        if self.config.bootstrap == "next_observation" and self.learns_q:
+            self.stored = transition._replace(view=view._replace(z_H=slots.z_H.detach(), logits=None), q_logits=None)
+        self.envs.step(actions)
+        self.step += 1
+        self.samples += self.config.num_envs
+        return details
+
+    def _decide(self, slots) -> tuple[View, Tensor | None, Tensor]:
+        reaches_core = self.config.q_to_core and self.learns_core
+        z_H = slots.z_H if reaches_core else slots.z_H.detach()
+        view = View(z_H, slots.logits.detach(), slots.steps, slots.valid, rng.fold(slots.key, slots.episode))
+        q_logits = self.agent.scores(view.z_H)
+        actions = self.agent.act(view, None if q_logits is None else q_logits.detach(), explore=True)
+        return view, q_logits, actions
+
+    def _losses(self, slots, transition: Transition) -> tuple[Losses, QLosses | None]:
+        c, B = self.config, self.config.num_envs
+        supervised = q_halt = q_continue = q = None
+        if self.learns_core:
+            supervised = c.supervised_weight * supervised_loss(slots.logits, slots.labels, c.loss).sum() / B
+        if self.learns_q:
+            learned_from = self._with_bootstrap(slots, transition)
+            if learned_from is not None:
+                q = self.agent.loss(learned_from)
+                q_halt, q_continue = c.halt_weight * q.halt.sum() / B, c.continue_weight * q.cont.sum() / B
+            else:  # the first update of next_observation has no decision behind it
+                q_halt = q_continue = transition.q_logits.sum() * 0
+        return Losses(supervised, q_halt, q_continue), q
+
+    def _with_bootstrap(self, slots, transition: Transition) -> Transition | None:
+        """The transition to learn from, with the observation its continue target is read from."""
+        mode = self.config.bootstrap
+        if mode == "next_observation":
+            if self.stored is None:
+                return None
+            return self.stored._replace(
+                q_logits=self.agent.scores(self.stored.view.z_H), next_z_H=slots.z_H.detach()
+            )
+        if mode == "none" or self.config.max_steps == 1:
+            return transition
+        if mode == "shared_prefix":
+            return transition._replace(next_z_H=self.envs.lookahead(transition.actions).z_H)
+        with torch.no_grad():
+            state = type(self.core.initial_state(1))(slots.z_H.detach(), slots.z_L.detach())
+            return transition._replace(next_z_H=self.segment(slots.tokens, state).state.z_H)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The running average of the weights, with the usual correction for a short past."""
+        if self.ema:
+            decay = min(self.config.optim.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.ema.values()), list(self.trained.values()), 1 - decay)
+
+    # --- metrics ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _record(self, slots, transition: Transition, losses: Losses, total: Tensor, q: QLosses | None) -> None:
+        """Add this update to the running sums, on the device."""
+        add, B = self.sums.add, self.config.num_envs
+        add("updates", torch.ones((), device=self.device))
+        add("loss/total", total)
+        if losses.supervised is not None:
+            add("loss/supervised", losses.supervised / max(self.config.supervised_weight, 1e-12))
+        ended = transition.ended & slots.valid
+        add("episodes", ended.sum())
+        add("exact", (slots.is_correct & ended).sum())
+        add("token", (slots.token_accuracy * ended).sum())
+        add("steps", (slots.steps * ended).sum())
+        if transition.q_logits is not None:
+            size = transition.q_logits.detach().float().abs()
+            add("logit", size.mean())
+            self.sums.largest("logit_max", size.max())
+            agrees = (transition.q_logits[:, 0] >= 0) == slots.is_correct
+            add("q_agrees", (agrees & ended).sum())
+        if q is not None:
+            add("loss/q_halt", q.halt.sum() / B)
+            add("loss/q_continue", q.cont.sum() / B)
+            add("td_halt", q.td_error_halt.abs().sum() / B)
+            add("td_continue", q.td_error_continue.abs().sum())
+            add("td_continue_count", (q.td_error_continue != 0).sum())
+
+    def _details(self, slots, ended: Tensor, lr: float, losses: Losses, total: Tensor) -> dict[str, float]:
+        """What is measured at logged updates only (waits for the device). Stops the run if it is not finite."""
+        values: dict[str, float] = {"optim/lr": lr}
+        groups: dict[str, list[Tensor]] = {}
+        for name, parameter in self.trained.items():
+            if parameter.grad is not None:
+                groups.setdefault(_part(name), []).append(parameter.grad)
+        for part, grads in groups.items():
+            values[f"grad/{part}"] = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])).item()
+        terms = {"loss/supervised": losses.supervised, "loss/q_halt": losses.q_halt,
+                 "loss/q_continue": losses.q_continue, "loss/total": total}  # fmt: skip
+        for name, value in {**{n: t.item() for n, t in terms.items() if t is not None}, **values}.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"update {self.step + 1}: {name} is {value}")
+        largest = max(p.detach().abs().max().item() for p in self.trained.values())
+        values["param/max_times_decay"] = largest * self.config.optim.weight_decay
+        if self.previous is not None:
+            goes_on = slots.steps > 1
+            for name, now, before in zip(("z_H", "z_L"), (slots.z_H, slots.z_L), self.previous, strict=True):
+                now, before = now.detach().float().flatten(1), before.float().flatten(1)
+                ratio = (now - before).norm(dim=1) / now.norm(dim=1).clamp(min=1e-12)
+                if goes_on.any():
+                    values[f"state/residual_{name}"] = ratio[goes_on].mean().item()
+        self.previous = None
+        if self.learns_q and self.config.max_steps > 1:
+            values |= self._drift()
+        return values
+
+    def keep_state_for_residual(self) -> None:
+        """Called one update before a detailed one, which compares the states."""
+        self.previous = self.envs.slots.z_H.detach(), self.envs.slots.z_L.detach()
+
+    @torch.no_grad()
+    def _drift(self) -> dict[str, float]:
+        count = min(PROBE_PUZZLES, len(self.test_puzzles))
+        tokens = self.test_puzzles.questions[:count].to(self.device).long()
+        output = self.core(tokens, self.core.initial_state(count))
+        output = self.core(tokens, output.state)
+        target = self.agent.scores(output.state.z_H).amax(dim=-1).sigmoid()
+        before, self.probe_target = self.probe_target, target
+        return {} if before is None else {"q/target_drift": (target - before).abs().mean().item()}
+
+    def line(self, details: dict[str, float], seconds: float) -> dict[str, float]:
+        """The metrics since the last line, ready for the writer."""
+        s, values = self.sums.take(), dict(details)
+        updates = s["updates"]
+        for tag in ("loss/total", "loss/supervised", "loss/q_halt", "loss/q_continue"):
+            if tag in s:
+                values[tag] = s[tag] / updates
+        episodes = s["episodes"]
+        values["halt/episodes"] = episodes
+        if episodes:
+            values["halt/exact_accuracy"] = s["exact"] / episodes
+            values["halt/token_accuracy"] = s["token"] / episodes
+            values["halt/mean_steps"] = s["steps"] / episodes
+            if "q_agrees" in s:
+                values["halt/q_halt_accuracy"] = s["q_agrees"] / episodes
+        if "logit" in s:
+            values["q/mean_abs_logit"] = s["logit"] / updates
+            values["q/max_abs_logit"] = s["logit_max"]
+        if "td_halt" in s:
+            values["q/td_error_halt"] = s["td_halt"] / updates
+            if s["td_continue_count"]:
+                values["q/td_error_continue"] = s["td_continue"] / s["td_continue_count"]
+        values["time/samples_per_second"] = self.samples / max(seconds, 1e-9)
+        values["time/elapsed"] = self.elapsed
+        self.samples = 0
+        return values
+
+    # --- evaluation and state -----------------------------------------------------------------------------
+
+    def evaluation_models(self) -> tuple[nn.Module, HaltingAgent]:
+        """Core and agent as evaluation sees them: with the averaged weights where there are any."""
+        if not self.ema:
+            return self.core, self.agent
+        core, agent = copy.deepcopy(self.core), copy.deepcopy(self.agent)
+        for module, prefix in ((core, "core."), (agent, "agent.")):
+            own = dict(module.named_parameters())
+            for name, value in self.ema.items():
+                if name.startswith(prefix):
+                    own[name.removeprefix(prefix)].data.copy_(value)
+        return core, agent
+
+    def evaluate(self, puzzles: PuzzleSet, max_steps: int, **keywords) -> evaluation.Trajectories:
+        """Trajectories of `puzzles` with the evaluation weights, in batches as large as training's."""
+        core, agent = self.evaluation_models()
+        return evaluation.trajectories(
+            core, agent, puzzles, max_steps, self.config.num_envs, self.device, **keywords
+        )
+
+    def model(self, meta: dict | None = None) -> bytes:
+        """The model file's content (evaluation weights)."""
+        core, agent = self.evaluation_models()
+        meta = {"max_steps": self.config.max_steps, "bootstrap": self.config.bootstrap, **(meta or {})}
+        return model_bytes(core, getattr(agent, "q_head", None), meta)
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, plain values): everything a checkpoint needs to go on number for number."""
+        tensors = {f"core.{n}": t for n, t in self.core.state_dict().items()}
+        tensors |= {f"agent.{n}": t for n, t in self.agent.state_dict().items()}
+        tensors |= {f"ema.{n}": t for n, t in self.ema.items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optim.{index}.{n}": torch.as_tensor(t) for n, t in entry.items()}
+        slots = self.envs.state_dict()
+        tensors |= {f"slots.{n}": t for n, t in slots.items() if isinstance(t, Tensor)}
+        tensors |= {f"sums.{n}": t for n, t in self.sums.values.items()}
+        if self.stored is not None:
+            s = self.stored
+            tensors |= {"stored.z_H": s.view.z_H, "stored.steps": s.view.steps, "stored.valid": s.view.valid,
+                        "stored.key": s.view.key, "stored.actions": s.actions, "stored.is_correct": s.is_correct,
+                        "stored.ended": s.ended}  # fmt: skip
+        if self.probe_target is not None:
+            tensors["probe_target"] = self.probe_target
+        plain = {"elapsed": self.elapsed, "samples": self.samples, "torch_rng": torch.get_rng_state().tolist(),
+                 "puzzles": self.puzzles.sha256,
+                 "slots": {n: v for n, v in slots.items() if not isinstance(v, Tensor)}}  # fmt: skip
+        return tensors, plain
+
+    def load_state(self, tensors: dict[str, Tensor], plain: dict) -> None:
+        """The inverse of `state`. UserError where the checkpoint belongs to other puzzles or another model."""
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t.to(self.device) for n, t in tensors.items() if n.startswith(prefix)}
+
+        if plain["puzzles"] != self.puzzles.sha256:
+            raise UserError(f"{self.puzzles.name}: the puzzles are not those the run was started with (other SHA-256)")
+        try:
+            self.core.load_state_dict(part("core."))
+            self.agent.load_state_dict(part("agent."))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"the checkpoint holds another model: {reason}") from error
+        for name, value in part("ema.").items():
+            self.ema[name].copy_(value)
+        groups = self.optimizer.state_dict()["param_groups"]
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optim.").items():
+            index, key = name.split(".")
+            entries.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self.sums.values = part("sums.")
+        self.step, self.elapsed, self.samples = plain["step"], plain["elapsed"], plain["samples"]
+        torch.set_rng_state(torch.tensor(plain["torch_rng"], dtype=torch.uint8))
+        stored = part("stored.")
+        if stored:
+            view = View(stored["z_H"], None, stored["steps"], stored["valid"], stored["key"])
+            self.stored = Transition(view, None, stored["actions"], stored["is_correct"], None, stored["ended"])
+        if "probe_target" in tensors:
+            self.probe_target = tensors["probe_target"].to(self.device)
+        self.envs.load_state_dict({**plain["slots"], **part("slots.")})
+
+
+def _part(name: str) -> str:
+    """Which part of the model a parameter belongs to, for gradient norms."""
+    if name.startswith("agent."):
+        return "q_head"
+    if name.startswith("core.H_level"):
+        return "core_H"
+    return "core_L" if name.startswith("core.L_level") else "core_other"
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done each `every` updates is due after update `step` (never where every is 0)."""
+    return every > 0 and step % every == 0
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """A new folder for a run; never one that exists (two runs started in one second get two folders)."""
+    name = config.name or f"{config.objective}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = Path(config.out)
+    for attempt in range(1000):
+        path = base / (name if attempt == 0 else f"{name}-{attempt + 1}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError as error:
+            if config.name:
+                raise UserError(f"{path}: the run's folder exists; choose another name or resume it") from error
+    raise UserError(f"{base / name}: no free name for a run's folder")
