@@ -25,7 +25,9 @@ _NO_LIMIT = 1 << 62
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba.njit with an on-disk cache; without one where no folder can be written (read-only installs)."""
+    """numba.njit with an on-disk cache; without one where no folder can be written (read-only installs).
+
+    The cache notices a change in a function's own file only: after an edit here, touch kernels.py too."""
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:
