@@ -63,6 +63,7 @@ class QLosses(NamedTuple):
     cont: Tensor  # (B,) BCE(q_continue, G_continue)
     td_error_halt: Tensor  # (B,) G_halt - sigmoid(q_halt), no gradient
     td_error_continue: Tensor  # (B,) G_continue - sigmoid(q_continue), no gradient
+    has_continue: Tensor  # (B,) bool, slots that have a continue target (padding has none)
 
 
 def q_losses(
@@ -82,6 +83,7 @@ def q_losses(
         cont=F.binary_cross_entropy_with_logits(q_continue, target_continue, reduction="none") * on_continue,
         td_error_halt=(target_halt - values[:, 0]) * on_halt,
         td_error_continue=(target_continue - values[:, 1]) * on_continue,
+        has_continue=valid & has_continue,
     )
 
 

@@ -62,8 +62,8 @@ class Problem:
 def make_problem(
     num_slots: int, *, size: int | None, data: PuzzleSet | str | Path | None, split: str,
     core: nn.Module | str | Path | None, max_steps: int | None, observation: str, flatten: bool,
-    ponder_cost: float, augment: bool, device: str | torch.device, q_head: nn.Module | None,
-    render_mode: str | None, differentiable: bool,
+    ponder_cost: float, augment: bool, clues: tuple[int, int] | None, device: str | torch.device,
+    q_head: nn.Module | None, render_mode: str | None, differentiable: bool,
 ) -> Problem:  # fmt: skip
     """Check every argument, load what is named and put it together. UserError names the first bad one."""
     check_count("num_envs", num_slots)
@@ -77,13 +77,15 @@ def make_problem(
     number = isinstance(ponder_cost, (int, float)) and not isinstance(ponder_cost, bool)
     if not number or not 0 <= ponder_cost < math.inf:
         raise UserError(f"ponder_cost must be a finite number, 0 or more, not {ponder_cost!r}")
+    if clues is not None:
+        check_clues(clues)
     device = _device(device)
     core, q_head, meta, size = _core(core, q_head, size, data, device)
     puzzles = _puzzles(data, size, split)
     _check_fit(core, puzzles)
     engine = SlotEngine(
         puzzles, core, num_slots, max_steps=max_steps or meta.get("max_steps", DEFAULT_MAX_STEPS),
-        ponder_cost=ponder_cost, augment=augment, device=device, differentiable=differentiable,
+        ponder_cost=ponder_cost, augment=augment, clues=clues, device=device, differentiable=differentiable,
     )  # fmt: skip
     shape = (core.num_positions, core.hidden_size) if observation == "z_H" else (core.hidden_size,)
     if flatten:
@@ -103,6 +105,13 @@ def check_count(name: str, value: Any) -> None:
     """UserError unless `value` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def check_clues(clues: Any) -> None:
+    """UserError unless `clues` is (low, high), whole numbers with 0 <= low <= high."""
+    whole = isinstance(clues, (tuple, list)) and len(clues) == 2 and all(type(c) is int for c in clues)
+    if not whole or not 0 <= clues[0] <= clues[1]:
+        raise UserError(f"clues must be None or two whole numbers (low, high), not {clues!r}")
 
 
 def check_options(options: dict[str, Any] | None) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from hrm_rl import rng
 from hrm_rl.core.base import CoreOutput, State
 from hrm_rl.errors import UserError
 from hrm_rl.tasks import PuzzleSet, get_task
+from hrm_rl.tasks.reveal import reveal
 
 IGNORE_LABEL = -100  # label of a cell that is not scored (padding)
-_DRAW_PUZZLE, _DRAW_SYMMETRY = 1, 2  # what a slot's key is folded with for each purpose
+_DRAW_PUZZLE, _DRAW_SYMMETRY, _DRAW_GIVENS = 1, 2, 3  # what a slot's key is folded with for each purpose
 
 
 class Start(NamedTuple):
@@ -75,6 +76,7 @@ class SlotEngine:
         max_steps: Segments an episode may run (M_max).
         ponder_cost: Paid for every further segment.
         augment: Show each puzzle in a random symmetry.
+        clues: (low, high): show more of the answer until a puzzle has a number of givens drawn from this range.
         device: Where everything lives.
         differentiable: Run the tail of each segment with gradient, where the caller has gradient enabled.
 
@@ -89,8 +91,8 @@ class SlotEngine:
 
     def __init__(
         self, puzzles: PuzzleSet, core: nn.Module, num_slots: int, *, max_steps: int,
-        ponder_cost: float = 0.0, augment: bool = True, device: str | torch.device = "cpu",
-        differentiable: bool = False,
+        ponder_cost: float = 0.0, augment: bool = True, clues: tuple[int, int] | None = None,
+        device: str | torch.device = "cpu", differentiable: bool = False,
     ):  # fmt: skip
         self.puzzles = puzzles.to(device)
         self.task = get_task(puzzles.task, puzzles.side)
@@ -107,10 +109,20 @@ class SlotEngine:
         else:
             self.run_prefix, self.run_tail = _no_prefix, core
         # As tensors, because a Python number sent to the device on every step would wait for it.
-        self._purposes = torch.tensor([_DRAW_PUZZLE, _DRAW_SYMMETRY], device=self.device)
+        self._purposes = torch.tensor([_DRAW_PUZZLE, _DRAW_SYMMETRY, _DRAW_GIVENS], device=self.device)
+        self._clues: Tensor | None = None
+        if clues is not None:
+            self.set_clues(*clues)
         self._start: Start | None = None
         self._slots: Slots | None = None
         self._ahead: tuple[Tensor, Start] | None = None  # what `lookahead` has prepared, and for which actions
+
+    def set_clues(self, low: int, high: int) -> None:
+        """From the next episode on, show puzzles with `low` to `high` givens (those with more stay as they are)."""
+        if self._clues is None:
+            self._clues = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._clues[0].fill_(low)
+        self._clues[1].fill_(high)
 
     @property
     def slots(self) -> Slots:
@@ -217,6 +229,8 @@ class SlotEngine:
         tokens, answers = self.puzzles.questions[puzzle].long(), self.puzzles.answers[puzzle].long()
         if augment:
             tokens, answers = self.task.augment(rng.fold(source, self._purposes[1]), tokens, answers)
+        if self._clues is not None:
+            tokens = reveal(rng.fold(source, self._purposes[2]), tokens, answers, *self._clues)
         padding = answers == 0
         labels = answers.masked_fill(padding, IGNORE_LABEL)
         z_H, z_L = self.core.initial_state(self.num_slots)

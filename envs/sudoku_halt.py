@@ -88,6 +88,7 @@ class SudokuHaltEnv(gym.Env[np.ndarray, int]):
     | `flatten` | True | z_H as one vector |
     | `ponder_cost` | 0.0 | paid for every CONTINUE that runs a segment |
     | `augment` | True | random symmetries |
+    | `clues` | None | (low, high): show more of the answer, up to a random number of givens in this range |
     | `device` | "cpu" | where the core runs; an `nn.Module` must already be there |
     | `q_head` | None | (B, T, D) -> (B, 2) logits, shown in the rendering; None: the loaded core's own |
     | `render_mode` | None | "ansi" (text) or "rgb_array" (uint8 picture) |
@@ -103,11 +104,12 @@ class SudokuHaltEnv(gym.Env[np.ndarray, int]):
         self, size: int | None = None, data: PuzzleSet | str | Path | None = None, split: str = "train",
         core: nn.Module | str | Path | None = None, max_steps: int | None = None, observation: str = "z_H",
         flatten: bool = True, ponder_cost: float = 0.0, augment: bool = True,
-        device: str | torch.device = "cpu", q_head: nn.Module | None = None, render_mode: str | None = None,
+        clues: tuple[int, int] | None = None, device: str | torch.device = "cpu", q_head: nn.Module | None = None,
+        render_mode: str | None = None,
     ):  # fmt: skip
         self._problem = make_problem(
             1, size=size, data=data, split=split, core=core, max_steps=max_steps, observation=observation,
-            flatten=flatten, ponder_cost=ponder_cost, augment=augment, device=device, q_head=q_head,
+            flatten=flatten, ponder_cost=ponder_cost, augment=augment, clues=clues, device=device, q_head=q_head,
             render_mode=render_mode, differentiable=False,
         )  # fmt: skip
         self.render_mode = render_mode

@@ -96,14 +96,14 @@ class SudokuHaltVectorEnv(VectorEnv):
         self, num_envs: int = 1, size: int | None = None, data: PuzzleSet | str | Path | None = None,
         split: str = "train", core: nn.Module | str | Path | None = None, max_steps: int | None = None,
         observation: str = "z_H", flatten: bool = True, ponder_cost: float = 0.0, augment: bool = True,
-        device: str | torch.device = "cpu", q_head: nn.Module | None = None, render_mode: str | None = None,
-        tensors: str = "numpy",
+        clues: tuple[int, int] | None = None, device: str | torch.device = "cpu", q_head: nn.Module | None = None,
+        render_mode: str | None = None, tensors: str = "numpy",
     ):  # fmt: skip
         check_choice("tensors", tensors, TENSORS)
         self._problem = make_problem(
             num_envs, size=size, data=data, split=split, core=core, max_steps=max_steps,
-            observation=observation, flatten=flatten, ponder_cost=ponder_cost, augment=augment, device=device,
-            q_head=q_head, render_mode=render_mode, differentiable=tensors == "torch",
+            observation=observation, flatten=flatten, ponder_cost=ponder_cost, augment=augment, clues=clues,
+            device=device, q_head=q_head, render_mode=render_mode, differentiable=tensors == "torch",
         )  # fmt: skip
         self.num_envs = num_envs
         self.tensors = tensors

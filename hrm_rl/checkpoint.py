@@ -3,7 +3,7 @@
     checkpoints/step-00000400/
         model.safetensors    core and Q-head as evaluation uses them (the running average where there is one)
         train.safetensors    everything else that is a tensor: raw weights, optimiser, slots, metrics
-        state.json           everything else that is not, with the SHA-256 of both files
+        state.json           everything else that is not, with the SHA-256 of both files and of itself
 
 The newest two are kept. A reader that finds a damaged one says so by name.
 """
@@ -37,10 +37,11 @@ def save_checkpoint(run: Path, step: int, model: bytes, tensors: dict[str, Tenso
     staging.mkdir()
     try:
         train = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-        digests = {MODEL_FILE: _sha256(model), TRAIN_FILE: _sha256(train)}
+        state = state | {"step": step}
+        digests = {MODEL_FILE: _sha256(model), TRAIN_FILE: _sha256(train), STATE_FILE: _sha256(_plain(state))}
         _write(staging / MODEL_FILE, model)
         _write(staging / TRAIN_FILE, train)
-        _write(staging / STATE_FILE, json.dumps(state | {"step": step, "sha256": digests}, indent=1).encode())
+        _write(staging / STATE_FILE, json.dumps(state | {"sha256": digests}, indent=1).encode())
         _sync_folder(staging)
         if final.exists():  # the same step saved twice (a resumed run that ended at once)
             shutil.rmtree(final)
@@ -61,16 +62,20 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of one checkpoint. UserError names the file that is missing or damaged."""
+    name = STATE_FILE
     try:
-        state = json.loads((path / STATE_FILE).read_text())
-        for name, digest in state["sha256"].items():
-            if _sha256((path / name).read_bytes()) != digest:
+        state = json.loads((path / STATE_FILE).read_bytes())
+        digests = state.pop("sha256")
+        held = {STATE_FILE: _plain(state)}
+        for name in (STATE_FILE, TRAIN_FILE, MODEL_FILE):
+            held[name] = held[name] if name in held else (path / name).read_bytes()
+            if _sha256(held[name]) != digests[name]:
                 raise UserError(f"{path / name}: damaged (its SHA-256 is not the one noted when it was written)")
-        return load((path / TRAIN_FILE).read_bytes()), state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a readable checkpoint ({error})") from error
+        return load(held[TRAIN_FILE]), state
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path / name}: not readable as part of a checkpoint ({error})") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -97,6 +102,11 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _plain(state: dict) -> bytes:
+    """What the digest of state.json is taken of: its values, however the file is laid out."""
+    return json.dumps(state, sort_keys=True).encode()
 
 
 def _sha256(content: bytes) -> str:

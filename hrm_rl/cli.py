@@ -14,7 +14,7 @@ def make_parser(prog: str, description: str):
     """A jsonargparse parser whose errors are UserErrors and that takes a YAML file by --config."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with settings; flags after it win.")
     return parser
 

@@ -18,10 +18,14 @@ from hrm_rl.errors import UserError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser: AdamW, one step a segment (deep supervision).
+    """The optimiser: one step a segment (deep supervision).
 
     Args:
-        lr: Peak learning rate.
+        optimizer: adamw for every parameter (the paper), or muon for the matrices of f_H and f_L and AdamW for
+            the rest (torch >= 2.9).
+        lr: Peak learning rate of AdamW.
+        muon_lr: Peak learning rate of Muon.
+        muon_momentum: Momentum of Muon.
         weight_decay: Decoupled weight decay, on every parameter as released.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
@@ -33,7 +37,10 @@ class OptimConfig:
         ema: Decay of the running average of the weights that evaluation uses; 0 is off.
     """
 
-    lr: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 2e-3
+    muon_lr: float = 1e-2
+    muon_momentum: float = 0.95
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -45,8 +52,9 @@ class OptimConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("optim", self, lr=(0, None), weight_decay=(0, None), beta1=(0, 1), beta2=(0, 1), eps=(0, None),
-               warmup_steps=(0, None), final_lr=(0, 1), grad_clip=(0, None), ema=(0, 1))  # fmt: skip
+        _check("optim", self, lr=(0, None), muon_lr=(0, None), muon_momentum=(0, 1), weight_decay=(0, None),
+               beta1=(0, 1), beta2=(0, 1), eps=(0, None), warmup_steps=(0, None), final_lr=(0, 1),
+               grad_clip=(0, None), ema=(0, 1))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,11 @@ class TrainConfig:
         train_limit: Train on this many puzzles, picked at random by a fixed seed; 0 takes all.
         test_limit: At most this many test puzzles; 0 takes all.
         augment: Draw a random symmetry of every puzzle (digits, bands, rows, stacks, columns, transpose).
+        clues: Fewest and most givens of the training puzzles: more of the answer is shown at random until a
+            puzzle has that many. 0 0 shows them as they are.
+        clues_start: The range that training begins with, so that it learns on easier puzzles first; 0 0: no
+            curriculum.
+        clues_ramp: Share of the run over which the range moves from clues_start to clues.
         out: Folder in which the run's own folder is made.
         name: Name of the run's folder; empty makes one from the objective, the seed and the time.
         init_core: Weights to start from (a run, checkpoint or model file). Only objective=q starts from
@@ -99,6 +112,9 @@ class TrainConfig:
     train_limit: int = 0
     test_limit: int = 1000
     augment: bool = True
+    clues: tuple[int, int] = (0, 0)
+    clues_start: tuple[int, int] = (0, 0)
+    clues_ramp: float = 0.4
     out: str = "runs"
     name: str = ""
     init_core: str | None = None
@@ -126,10 +142,18 @@ class TrainConfig:
     core: CoreConfig = field(default_factory=CoreConfig)
 
     def __post_init__(self) -> None:
-        _check("", self, train_limit=(0, None), test_limit=(0, None), supervised_weight=(0, None), halt_weight=(0, None),
-               continue_weight=(0, None), num_envs=(1, None), max_steps=(1, None), ponder_cost=(0, None),
-               total_steps=(1, None), time_budget=(0, None), log_every=(1, None), eval_every=(0, None),
-               eval_puzzles=(1, None), checkpoint_every=(0, None), report_steps=(0, None))  # fmt: skip
+        at_least_0 = (
+            "train_limit", "test_limit", "supervised_weight", "halt_weight", "continue_weight", "ponder_cost",
+            "time_budget", "eval_every", "checkpoint_every", "report_steps",
+        )  # fmt: skip
+        at_least_1 = ("num_envs", "max_steps", "total_steps", "log_every", "eval_puzzles")
+        ranges = {name: (0, None) for name in at_least_0} | {name: (1, None) for name in at_least_1}
+        _check("", self, clues_ramp=(0, 1), **ranges)
+        for name in ("clues", "clues_start"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= self.size**2:
+                rule = f"two numbers, 0 <= low <= high <= {self.size**2}"
+                raise UserError(f"{name} must be {rule}, not {low} and {high}")
         if self.core.seq_len != self.size**2 or self.core.vocab_size != self.size + 2:
             raise UserError(
                 f"core.seq_len={self.core.seq_len} and core.vocab_size={self.core.vocab_size} do not fit size="
@@ -145,6 +169,9 @@ class TrainConfig:
         """
         values = dict(values)
         optim, core = dict(values.pop("optim", {})), dict(values.pop("core", {}))
+        for name in ("clues", "clues_start"):
+            if name in values:
+                values[name] = tuple(values[name])
         side = values.get("size", cls.size)
         for name, needed in (("seq_len", side**2), ("vocab_size", side + 2)):
             if core.get(name, getattr(CoreConfig, name)) == getattr(CoreConfig, name):
@@ -159,7 +186,8 @@ class TrainConfig:
     def to_values(self) -> dict[str, Any]:
         """Plain nested values for YAML; `from_values` reads them back."""
         values = asdict(self)
-        values["core"]["box"] = list(values["core"]["box"])
+        for group, name in ((values["core"], "box"), (values, "clues"), (values, "clues_start")):
+            group[name] = list(group[name])  # YAML has no tuples
         return values
 
 
@@ -167,6 +195,6 @@ def _check(group: str, config: object, **ranges: tuple[float | None, float | Non
     """Raise UserError for the first number outside its range (ends included)."""
     for name, (low, high) in ranges.items():
         value = getattr(config, name)
-        if (low is not None and value < low) or (high is not None and value > high):
+        if not ((low is None or value >= low) and (high is None or value <= high)):  # so that NaN is out as well
             said = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{group + '.' if group else ''}{name} must be {said}, not {value}")

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hrm_rl.errors import UserError
+
 TAGS: dict[str, str] = {
     "loss/total": "What the optimiser minimises, per slot: the weighted sum of the losses below.",
     "loss/supervised": "Cross entropy of the answer: mean over a puzzle's tokens, then over slots.",
@@ -82,10 +84,12 @@ class MetricsWriter:
 
         self.path = run / "metrics.jsonl"
         self.file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
-        if self.file.tell() != position:
+        if self.file.tell() < position:
+            raise UserError(f"{self.path}: shorter than it was when the checkpoint was written; restore it to resume")
+        if self.file.tell() > position:
             self.file.truncate(position)
             self.file.seek(position)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line {"step": ..., tag: value, ...}; every tag must be in TAGS (KeyError otherwise)."""
@@ -115,8 +119,13 @@ def read_metrics(run: Path) -> list[dict]:
 def markdown() -> str:
     """docs/METRICS.md."""
     lines = ["# Metrics", "", "Every tag of `metrics.jsonl` and TensorBoard. Made by `python -m hrm_rl.metrics`."]
-    lines += ["Unless said otherwise a value is the mean since the last line.", "", "| tag | meaning |", "| --- | --- |"]
-    return "\n".join(lines + [f"| `{tag}` | {text} |" for tag, text in TAGS.items()]) + "\n"
+    lines += ["Unless said otherwise a value is the mean since the last line.", ""]
+    lines += ["| tag | meaning |", "| --- | --- |"]
+    return "\n".join(lines + [f"| `{tag}` | {_cell(text)} |" for tag, text in TAGS.items()]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -131,11 +131,8 @@ class _Session:
                     break
                 coming = trainer.step + 1
                 due = is_due(coming, c.log_every) or coming == c.total_steps
-                if is_due(coming + 1, c.log_every) or coming + 1 == c.total_steps:
-                    details = trainer.update(detailed=due)
-                    trainer.keep_state_for_residual()
-                else:
-                    details = trainer.update(detailed=due)
+                next_due = is_due(coming + 1, c.log_every) or coming + 1 == c.total_steps
+                details = trainer.update(detailed=due, before_detailed=next_due)
                 now = time.perf_counter()
                 trainer.elapsed, clock = trainer.elapsed + now - clock, now
                 if due:
@@ -215,7 +212,7 @@ class _Session:
         from hrm_rl.metrics import read_metrics
 
         c = trainer.config
-        segments = c.report_steps or c.max_steps
+        segments = max(c.report_steps, c.max_steps)  # the learned halt needs max_steps of them
         puzzles = trainer.test_puzzles
         core, agent = trainer.evaluation_models()
         trajectories = trainer.evaluate(puzzles, segments)

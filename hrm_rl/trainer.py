@@ -11,9 +11,11 @@ losses, steps the optimiser and then steps the environment, so that the next seg
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from hrm_rl.devices import can_compile, pick_device
 from hrm_rl.errors import UserError
 from hrm_rl.losses import supervised_loss
 from hrm_rl.metrics import Sums
+from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, state_tensors
 from hrm_rl.tasks import PuzzleSet, load_puzzles
 
 PROBE_PUZZLES = 32
@@ -81,7 +84,7 @@ def training_puzzles(config: TrainConfig) -> PuzzleSet:
 class Trainer:
     """Trains a core and a halting agent as `config` says; `run` drives it, tests call `update` themselves.
 
-    Attributes: core, agent, envs (torch form), optimizer, step (updates done), sums (running metrics),
+    Attributes: core, agent, envs (torch form), optimizers, step (updates done), sums (running metrics),
     ema (name -> averaged parameter; empty where off).
     """
 
@@ -116,12 +119,8 @@ class Trainer:
         if self.learns_q:
             trained |= {f"agent.{n}": p for n, p in self.agent.named_parameters()}
         self.trained: dict[str, nn.Parameter] = trained
-        o = config.optim
-        self.optimizer = torch.optim.AdamW(
-            list(trained.values()), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay,
-            fused=self.device.type in ("cpu", "cuda") or None,
-        )  # fmt: skip
-        self.ema = {name: p.detach().clone() for name, p in trained.items()} if o.ema else {}
+        self.optimizers = make_optimizers(trained, config.optim)
+        self.ema = {name: p.detach().clone() for name, p in trained.items()} if config.optim.ema else {}
         self.step = 0
         self.elapsed = 0.0
         self.sums = Sums(self.device)
@@ -129,6 +128,7 @@ class Trainer:
         self.stored: Transition | None = None  # the decision before, for bootstrap=next_observation
         self.probe_target: Tensor | None = None
         self.previous: tuple[Tensor, Tensor] | None = None  # state one segment ago, kept at logged updates
+        self._set_clues()
         self.envs.reset(seed=config.seed)
 
     # --- set-up -------------------------------------------------------------------------------------------
@@ -151,43 +151,63 @@ class Trainer:
 
     # --- one update ---------------------------------------------------------------------------------------
 
-    def learning_rate(self) -> float:
-        """Linear warm-up from 0, then constant, linear or cosine decay over what is left of the run."""
-        o, c = self.config.optim, self.config
-        if self.step < o.warmup_steps:
-            return o.lr * (self.step + 1) / o.warmup_steps
-        if o.schedule == "constant":
-            return o.lr
-        progress = (self.step - o.warmup_steps) / max(1, c.total_steps - o.warmup_steps)
+    def progress(self, after: int = 0) -> float:
+        """Share of the run that is done, counted from update `after`: by updates or by time, whichever is further."""
+        c = self.config
+        done = (self.step - after) / max(1, c.total_steps - after)
         if c.time_budget:
-            progress = max(progress, self.elapsed / c.time_budget)
-        progress = min(1.0, progress)
-        left = 1 - progress if o.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return o.lr * (o.final_lr + (1 - o.final_lr) * left)
+            done = max(done, self.elapsed / c.time_budget)
+        return min(1.0, done)
 
-    def update(self, detailed: bool = False) -> dict[str, float]:
-        """One optimiser step and one segment in every slot. `detailed` returns gradient norms and the like."""
+    def _set_clues(self) -> None:
+        """Move the range of givens along the curriculum."""
+        c = self.config
+        if c.clues == (0, 0) and c.clues_start == (0, 0):
+            return
+        share = 1.0 if c.clues_start == (0, 0) or c.clues_ramp == 0 else min(1.0, self.progress() / c.clues_ramp)
+        ends = zip(c.clues_start, c.clues, strict=True)
+        self.engine.set_clues(*(round(start + (end - start) * share) for start, end in ends))
+
+    def schedule(self) -> float:
+        """Share of the peak learning rate: linear warm-up from 0, then constant or a decay over the rest."""
+        o = self.config.optim
+        if self.step < o.warmup_steps:
+            return (self.step + 1) / o.warmup_steps
+        if o.schedule == "constant":
+            return 1.0
+        progress = self.progress(o.warmup_steps)
+        left = 1 - progress if o.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return o.final_lr + (1 - o.final_lr) * left
+
+    def update(self, detailed: bool = False, before_detailed: bool = False) -> dict[str, float]:
+        """One optimiser step and one segment in every slot. `detailed` returns gradient norms and the like.
+
+        `before_detailed` keeps the states of this segment, which a detailed update right after compares with its own.
+        """
         slots = self.envs.slots
         view, q_logits, actions = self._decide(slots)
         ended = (actions == HALT) | (slots.steps >= self.config.max_steps)
         transition = Transition(view, q_logits, actions, slots.is_correct, None, ended)
         losses, q = self._losses(slots, transition)
         total = losses.total()
-        lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        lr = self.schedule()
+        set_learning_rate(self.optimizers, lr)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         total.backward()
         if self.config.optim.grad_clip:
             nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.optim.grad_clip)
         self._record(slots, transition, losses, total, q)
-        details = self._details(slots, ended, lr, losses, total) if detailed else {}
-        self.optimizer.step()
+        details = self._details(slots, ended, lr * self.config.optim.lr, losses, total) if detailed else {}
+        self.previous = (slots.z_H.detach(), slots.z_L.detach()) if before_detailed else None
+        for optimizer in self.optimizers:
+            optimizer.step()
         self._average()
         if self.config.bootstrap == "next_observation" and self.learns_q:
             self.stored = transition._replace(view=view._replace(z_H=slots.z_H.detach(), logits=None), q_logits=None)
-        self.envs.step(actions)
         self.step += 1
+        self._set_clues()
+        self.envs.step(actions)
         self.samples += self.config.num_envs
         return details
 
@@ -263,7 +283,7 @@ class Trainer:
             add("loss/q_continue", q.cont.sum() / B)
             add("td_halt", q.td_error_halt.abs().sum() / B)
             add("td_continue", q.td_error_continue.abs().sum())
-            add("td_continue_count", (q.td_error_continue != 0).sum())
+            add("td_continue_count", q.has_continue.sum())
 
     def _details(self, slots, ended: Tensor, lr: float, losses: Losses, total: Tensor) -> dict[str, float]:
         """What is measured at logged updates only (waits for the device). Stops the run if it is not finite."""
@@ -288,14 +308,9 @@ class Trainer:
                 ratio = (now - before).norm(dim=1) / now.norm(dim=1).clamp(min=1e-12)
                 if goes_on.any():
                     values[f"state/residual_{name}"] = ratio[goes_on].mean().item()
-        self.previous = None
         if self.learns_q and self.config.max_steps > 1:
             values |= self._drift()
         return values
-
-    def keep_state_for_residual(self) -> None:
-        """Called one update before a detailed one, which compares the states."""
-        self.previous = self.envs.slots.z_H.detach(), self.envs.slots.z_L.detach()
 
     @torch.no_grad()
     def _drift(self) -> dict[str, float]:
@@ -350,10 +365,26 @@ class Trainer:
 
     def evaluate(self, puzzles: PuzzleSet, max_steps: int, **keywords) -> evaluation.Trajectories:
         """Trajectories of `puzzles` with the evaluation weights, in batches as large as training's."""
-        core, agent = self.evaluation_models()
-        return evaluation.trajectories(
-            core, agent, puzzles, max_steps, self.config.num_envs, self.device, **keywords
-        )
+        with self._evaluation_weights():
+            return evaluation.trajectories(
+                self.core, self.agent, puzzles, max_steps, self.config.num_envs, self.device, **keywords
+            )
+
+    @contextlib.contextmanager
+    def _evaluation_weights(self) -> Iterator[None]:
+        """The averaged weights in the trained modules for a while, so that compiled functions see them too.
+
+        Written through `.data`: the graph of the segment in work must not take it for a change, since the
+        very same values are back before its backward pass.
+        """
+        raw = {name: self.trained[name].detach().clone() for name in self.ema}
+        try:
+            for name, value in self.ema.items():
+                self.trained[name].data.copy_(value)
+            yield
+        finally:
+            for name, value in raw.items():
+                self.trained[name].data.copy_(value)
 
     def model(self, meta: dict | None = None) -> bytes:
         """The model file's content (evaluation weights)."""
@@ -366,8 +397,7 @@ class Trainer:
         tensors = {f"core.{n}": t for n, t in self.core.state_dict().items()}
         tensors |= {f"agent.{n}": t for n, t in self.agent.state_dict().items()}
         tensors |= {f"ema.{n}": t for n, t in self.ema.items()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optim.{index}.{n}": torch.as_tensor(t) for n, t in entry.items()}
+        tensors |= {f"optim.{n}": t for n, t in state_tensors(self.optimizers).items()}
         slots = self.envs.state_dict()
         tensors |= {f"slots.{n}": t for n, t in slots.items() if isinstance(t, Tensor)}
         tensors |= {f"sums.{n}": t for n, t in self.sums.values.items()}
@@ -378,6 +408,8 @@ class Trainer:
                         "stored.ended": s.ended}  # fmt: skip
         if self.probe_target is not None:
             tensors["probe_target"] = self.probe_target
+        if self.previous is not None:
+            tensors |= {"previous.z_H": self.previous[0], "previous.z_L": self.previous[1]}
         plain = {"elapsed": self.elapsed, "samples": self.samples, "torch_rng": torch.get_rng_state().tolist(),
                  "puzzles": self.puzzles.sha256,
                  "slots": {n: v for n, v in slots.items() if not isinstance(v, Tensor)}}  # fmt: skip
@@ -398,12 +430,7 @@ class Trainer:
             raise UserError(f"the checkpoint holds another model: {reason}") from error
         for name, value in part("ema.").items():
             self.ema[name].copy_(value)
-        groups = self.optimizer.state_dict()["param_groups"]
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("optim.").items():
-            index, key = name.split(".")
-            entries.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        load_state_tensors(self.optimizers, part("optim."))
         self.sums.values = part("sums.")
         self.step, self.elapsed, self.samples = plain["step"], plain["elapsed"], plain["samples"]
         torch.set_rng_state(torch.tensor(plain["torch_rng"], dtype=torch.uint8))
@@ -413,6 +440,9 @@ class Trainer:
             self.stored = Transition(view, None, stored["actions"], stored["is_correct"], None, stored["ended"])
         if "probe_target" in tensors:
             self.probe_target = tensors["probe_target"].to(self.device)
+        previous = part("previous.")
+        self.previous = (previous["z_H"], previous["z_L"]) if previous else None
+        self._set_clues()
         self.envs.load_state_dict({**plain["slots"], **part("slots.")})
 
 

@@ -6,7 +6,7 @@ Letters: B puzzles, S tokens, P prefix positions, D hidden size, V token values.
 Departures from the released code, each of them on purpose:
 - the Q-head is not here: halting belongs to the agent (`agents/`), the core only reasons;
 - the puzzle embedding is an ordinary parameter (the release trains it by its own sign-SGD optimiser);
-- token mixing by an MLP (TRM) and relative grid positions are options beside the released attention.
+- token mixing by an MLP (TRM) or by the geometry of a grid, and relative grid positions, stand beside attention.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from hrm_rl.core.base import CoreOutput, State
 from hrm_rl.core.layers import (
+    Attention,
     Block,
     Embedding,
     GridBias,
+    GridMixing,
     Linear,
     PuzzleEmbedding,
+    SwiGLU,
     rope_tables,
     swiglu_width,
     trunc_normal_,
@@ -50,12 +53,13 @@ class CoreConfig:
         L_cycles: Low-level steps a high-level cycle (T in the paper).
         H_layers: Blocks of the high-level module.
         L_layers: Blocks of the low-level module.
-        token_mixing: How positions exchange information: attention, or an MLP over positions (TRM).
+        token_mixing: How positions exchange information: attention, mlp (over positions, as in TRM), or grid
+            (fixed by the geometry of rows, columns and boxes, with a learned weight for each relation).
         positions: Positional information for attention: rope (rotary), learned (added to the embedding),
             grid (a learned bias for each relation of two cells: same row, column, box), none.
         rope_theta: Base of the rotary wavelengths.
         box: Rows and columns of a box, for grid positions; 0 0 picks the usual one for the side.
-        grid_strength: How strongly heads start out on rows, columns and boxes (grid positions only).
+        grid_strength: How strongly heads start out on rows, columns and boxes (grid mixing and positions).
         rms_norm_eps: Added to the mean square in the norm.
         puzzle_emb_ndim: Size of the puzzle embedding put in front; it takes ceil(ndim / hidden_size)
             prefix positions. 0: no prefix, and the Q-head reads the first token.
@@ -74,7 +78,7 @@ class CoreConfig:
     L_cycles: int = 2
     H_layers: int = 2
     L_layers: int = 2
-    token_mixing: Literal["attention", "mlp"] = "attention"
+    token_mixing: Literal["attention", "mlp", "grid"] = "attention"
     positions: Literal["rope", "learned", "grid", "none"] = "rope"
     rope_theta: float = 10000.0
     box: tuple[int, int] = (0, 0)
@@ -92,7 +96,7 @@ class CoreConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"core.{name} must be at least 1, not {getattr(self, name)}")
-        if self.token_mixing == "attention" and self.hidden_size % self.num_heads:
+        if self.token_mixing != "mlp" and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"core.hidden_size ({self.hidden_size}) must be a multiple of core.num_heads ({self.num_heads})"
             )
@@ -100,8 +104,8 @@ class CoreConfig:
             raise ValueError("core.positions=rope needs an even head size (hidden_size / num_heads)")
         if self.puzzle_emb_ndim < 0:
             raise ValueError(f"core.puzzle_emb_ndim must not be negative, not {self.puzzle_emb_ndim}")
-        if self.positions == "grid" and math.isqrt(self.seq_len) ** 2 != self.seq_len:
-            raise ValueError(f"core.positions=grid needs a square number of tokens, not seq_len={self.seq_len}")
+        if "grid" in (self.positions, self.token_mixing) and math.isqrt(self.seq_len) ** 2 != self.seq_len:
+            raise ValueError(f"a grid needs a square number of tokens, not seq_len={self.seq_len}")
 
     @property
     def prefix_len(self) -> int:
@@ -160,7 +164,7 @@ class HRMCore(nn.Module):
             cos, sin = rope_tables(self.num_positions, D // c.num_heads, c.rope_theta)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        if c.positions == "grid":
+        if c.positions == "grid" and c.token_mixing == "attention":
             self.grid_bias = GridBias(c.num_heads, *c.grid, c.prefix_len, c.grid_strength)
         self.H_level = self._level(c.H_layers, generator)
         self.L_level = self._level(c.L_layers, generator)
@@ -171,14 +175,21 @@ class HRMCore(nn.Module):
     def _level(self, layers: int, generator: torch.Generator | None) -> Level:
         c = self.config
         inner = swiglu_width(c.hidden_size, c.expansion, c.inner_multiple)
-        inner_t = swiglu_width(self.num_positions, c.expansion, c.inner_multiple)
         return Level(
             [
-                Block(c.hidden_size, c.num_heads, inner, self.num_positions, inner_t, c.token_mixing,
-                      c.rms_norm_eps, generator)
+                Block(self._mixer(generator), c.hidden_size, inner, c.rms_norm_eps, generator)
                 for _ in range(layers)
             ]
-        )  # fmt: skip
+        )
+
+    def _mixer(self, generator: torch.Generator | None) -> nn.Module:
+        c = self.config
+        if c.token_mixing == "attention":
+            return Attention(c.hidden_size, c.num_heads, generator)
+        if c.token_mixing == "mlp":
+            inner = swiglu_width(self.num_positions, c.expansion, c.inner_multiple)
+            return SwiGLU(self.num_positions, inner, generator)  # over positions, features as batch
+        return GridMixing(c.hidden_size, c.num_heads, *c.grid, c.prefix_len, c.grid_strength, generator)
 
     def initial_state(self, batch_size: int) -> State:
         """The fixed initial states, (batch_size, P + S, D) each, without copying them."""
@@ -200,7 +211,7 @@ class HRMCore(nn.Module):
 
     def _positional(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
         rope = (self.rope_cos, self.rope_sin) if hasattr(self, "rope_cos") else None
-        return rope, self.grid_bias() if self.config.positions == "grid" else None
+        return rope, self.grid_bias() if hasattr(self, "grid_bias") else None
 
     def prefix(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> State:
         """All calls of a segment but the last of each level, without gradient."""

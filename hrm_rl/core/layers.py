@@ -156,6 +156,31 @@ class GridBias(nn.Module):
         return self.table[:, self.relation]
 
 
+class GridMixing(nn.Module):
+    """Token mixing by the geometry alone, (B, T, D) -> (B, T, D): attention without queries and keys.
+
+    Head n mixes its values with the weights softmax(bias[n]), which depend on how two positions are related
+    (`GridBias`) and not on what stands in them. On a CPU it costs a small part of attention's price.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, side: int, box: tuple[int, int], prefix: int, strength: float,
+        generator: torch.Generator | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_heads = num_heads
+        self.bias = GridBias(num_heads, side, box, prefix, strength)
+        self.v_proj = Linear(dim, dim, generator)
+        self.o_proj = Linear(dim, dim, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        weights = self.bias().softmax(dim=-1).to(x.dtype)  # (N, T, T)
+        values = self.v_proj(x).view(B, T, self.num_heads, D // self.num_heads)
+        mixed = torch.einsum("nts,bsnk->btnk", weights, values)
+        return self.o_proj(mixed.reshape(B, T, D))
+
+
 _SELF, _PREFIX_TO_CELL, _CELL_TO_PREFIX, _PREFIX_TO_PREFIX, _NUM_RELATIONS = 8, 9, 10, 11, 12
 
 
@@ -171,25 +196,24 @@ def grid_relations(side: int, box: tuple[int, int]) -> Tensor:
 
 
 class Block(nn.Module):
-    """Encoder block, post-norm: mix the positions, then each position's features."""
+    """Encoder block, post-norm: mix the positions, then each position's features.
 
-    def __init__(
-        self, dim: int, num_heads: int, inner: int, positions: int, positions_inner: int, token_mixing: str,
-        eps: float, generator: torch.Generator | None = None,
-    ):  # fmt: skip
+    `mixer` is an `Attention` (named self_attn), a `SwiGLU` over positions (mlp_t) or a `GridMixing` (grid).
+    """
+
+    def __init__(self, mixer: nn.Module, dim: int, inner: int, eps: float, generator: torch.Generator | None = None):
         super().__init__()
         self.eps = eps
-        if token_mixing == "attention":
-            self.self_attn = Attention(dim, num_heads, generator)
-        else:
-            self.mlp_t = SwiGLU(positions, positions_inner, generator)  # over positions, features as batch
-        self.token_mixing = token_mixing
+        self.kind = "self_attn" if isinstance(mixer, Attention) else "mlp_t" if isinstance(mixer, SwiGLU) else "grid"
+        self.add_module(self.kind, mixer)
         self.mlp = SwiGLU(dim, inner, generator)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
-        if self.token_mixing == "attention":
+        if self.kind == "self_attn":
             mixed = self.self_attn(x, rope, bias)
-        else:
+        elif self.kind == "mlp_t":
             mixed = self.mlp_t(x.transpose(1, 2)).transpose(1, 2)
+        else:
+            mixed = self.grid(x)
         x = rms_norm(x + mixed, self.eps)
         return rms_norm(x + self.mlp(x), self.eps)

@@ -1,0 +1,162 @@
+"""The training command from its flags to its report, stopped and resumed, on puzzles of 4x4."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from hrm_testing import small_puzzles
+from safetensors.torch import load_file
+
+from hrm_rl import train
+from hrm_rl.checkpoint import list_checkpoints
+from hrm_rl.errors import UserError
+from hrm_rl.metrics import read_metrics
+from hrm_rl.trainer import Trainer
+
+SMALL = """
+size: 4
+num_envs: 4
+max_steps: 3
+augment: false
+device: cpu
+compile: "off"
+log_every: 3
+eval_every: 6
+eval_puzzles: 5
+checkpoint_every: 6
+optim: {lr: 0.01, warmup_steps: 2, schedule: constant, ema: 0.9}
+core: {hidden_size: 16, num_heads: 2, inner_multiple: 16, H_layers: 1, L_layers: 1, puzzle_emb_ndim: 16, dtype: float32}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """The command takes over two signals; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A configuration file and the flags that name the data: train 16 puzzles, test 10."""
+    names = {}
+    for name, puzzles in (("train", small_puzzles(16)), ("test", small_puzzles(10, seed=1))):
+        lines = ["source,question,answer,rating"]
+        for question, answer in zip(puzzles.questions.tolist(), puzzles.answers.tolist(), strict=True):
+            digits = ["".join("." if t == 1 else str(t - 1) for t in row) for row in (question, answer)]
+            lines.append(f"test,{digits[0]},{digits[1]},0")
+        names[name] = tmp_path / f"{name}.csv"
+        names[name].write_text("\n".join(lines) + "\n")
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return ["--config", str(tmp_path / "small.yaml"), "--data", str(names["train"]), "--test_data", str(names["test"]),
+            "--out", str(tmp_path / "runs")]  # fmt: skip
+
+
+def lines_of(run) -> list[dict]:
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(run)]
+
+
+def newest(run):
+    path = list_checkpoints(run)[-1]
+    return path.name, load_file(path / "model.safetensors"), load_file(path / "train.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize(("objective", "bootstrap"), [("joint", "shared_prefix"), ("joint", "next_observation"),
+                                                      ("supervised", "none")])  # fmt: skip
+def test_run_resume_and_report(tmp_path, recipe, capsys, objective, bootstrap):
+    flags = [*recipe, "--objective", objective, "--bootstrap", bootstrap]
+    assert train.main([*flags, "--total-steps", "12", "--name", "straight"]) == 0
+    assert train.main([*flags, "--total-steps", "6", "--name", "halves"]) == 0
+    straight, halves = tmp_path / "runs" / "straight", tmp_path / "runs" / "halves"
+    assert newest(halves)[0] == "step-00000006"
+    assert train.main(["--resume", str(halves), "--total-steps", "12"]) == 0
+
+    assert [line["step"] for line in lines_of(straight)] == [3, 6, 9, 12]
+    assert lines_of(straight) == lines_of(halves)
+    (name, model, state), (name_again, model_again, state_again) = newest(straight), newest(halves)
+    assert name == name_again == "step-00000012" and same(model, model_again) and same(state, state_again)
+
+    report = json.loads((straight / "report.json").read_text())
+    assert report["puzzles"] == 10 and report["updates"] == 12 and len(report["fixed_steps"]) == 3
+    assert (straight / "training.png").stat().st_size > 1000
+    config = yaml.safe_load((straight / "config.yaml").read_text())
+    assert config["objective"] == objective and config["core"]["hidden_size"] == 16 and config["total_steps"] == 12
+    said = capsys.readouterr().out
+    assert "10 unseen puzzles" in said and "learned, at most 3" in said and "resuming" in said
+    evaluated = [line for line in lines_of(straight) if "eval/exact_accuracy" in line]
+    assert [line["step"] for line in evaluated] == [6, 12]
+
+
+def test_a_signal_stops_and_the_run_goes_on(tmp_path, recipe, capsys, monkeypatch):
+    flags = [*recipe, "--total-steps", "12"]
+    assert train.main([*flags, "--name", "straight"]) == 0
+    own = Trainer.update
+
+    def interrupted(self, **keywords):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(self, **keywords)
+
+    monkeypatch.setattr(Trainer, "update", interrupted)
+    assert train.main([*flags, "--name", "stopped"]) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    stopped, straight = tmp_path / "runs" / "stopped", tmp_path / "runs" / "straight"
+    assert newest(stopped)[0] == "step-00000005" and not (stopped / "report.json").exists()
+    assert f"--resume {stopped}" in capsys.readouterr().out
+    assert train.main(["--resume", str(stopped)]) == 0
+    assert lines_of(stopped) == lines_of(straight)
+    assert same(newest(stopped)[1], newest(straight)[1]) and (stopped / "report.json").exists()
+
+
+def test_report_over_more_or_fewer_segments(tmp_path, recipe):
+    for steps, rows in ((5, 5), (2, 3)):
+        name = f"report-{steps}"
+        flags = ["--total-steps", "2", "--name", name, "--report-steps", str(steps), "--eval-every", "0"]
+        assert train.main([*recipe, *flags]) == 0
+        report = json.loads((tmp_path / "runs" / name / "report.json").read_text())
+        assert [row["steps"] for row in report["fixed_steps"]] == list(range(1, rows + 1))
+        assert report["learned_halt"][-1]["max_steps"] == 3
+
+
+def test_time_budget_ends_a_run(tmp_path, recipe):
+    flags = ["--total-steps", "100000", "--time-budget", "0.2", "--name", "short", "--checkpoint-every", "0"]
+    assert train.main([*recipe, *flags]) == 0
+    report = json.loads((tmp_path / "runs" / "short" / "report.json").read_text())
+    assert 0 < report["updates"] < 2000
+
+
+def test_bad_input_leaves_no_folder(tmp_path, recipe):
+    wrong = ["--agent", "q", "--agent_args", '{"epsilon": 7}']
+    with pytest.raises(UserError, match="epsilon"):
+        train.main([*recipe, *wrong])
+    with pytest.raises(UserError, match="no such|does not exist|not found|cannot be read"):
+        train.main([*recipe, "--data", str(tmp_path / "nothing.csv")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_cannot_be_resumed_is_said(tmp_path, recipe):
+    with pytest.raises(UserError, match="config.yaml"):
+        train.main(["--resume", str(tmp_path)])
+    assert train.main([*recipe, "--total-steps", "3", "--name", "done", "--eval-every", "0"]) == 0
+    run = tmp_path / "runs" / "done"
+    with pytest.raises(UserError, match="--total-steps"):
+        train.main(["--resume", str(run)])
+    with pytest.raises(UserError, match="--num_envs: a resumed run keeps"):
+        train.main(["--resume", str(run), "--num-envs", "8"])
+    with pytest.raises(UserError, match="exists"):
+        train.main([*recipe, "--total-steps", "3", "--name", "done"])
+    model = list_checkpoints(run)[-1] / "train.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    with pytest.raises(UserError, match="train.safetensors"):
+        train.main(["--resume", str(run), "--total-steps", "6"])
