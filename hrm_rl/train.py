@@ -146,12 +146,12 @@ class _Session:
                 if is_due(coming, c.checkpoint_every):
                     self._save(trainer, writer)
                     clock = time.perf_counter()
+            self._save(trainer, writer)
         except NonFiniteError as error:
             writer.close()
             raise UserError(f"{error}; the last good checkpoint is {self._last_checkpoint()}") from error
         finally:
             progress.close()
-        self._save(trainer, writer)
         writer.close()
         if self.stop_signal:
             name = signal.Signals(self.stop_signal).name
@@ -185,6 +185,7 @@ class _Session:
     def _save(self, trainer, writer) -> None:
         from hrm_rl.checkpoint import save_checkpoint
 
+        trainer.check_finite()
         tensors, plain = trainer.state()
         plain["metrics_position"] = writer.position()
         try:

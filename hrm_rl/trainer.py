@@ -16,7 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 import hrm_rl  # noqa: F401 - registers the environments
 from agents import HaltingAgent, Transition, View, make_agent
 from agents.q_targets import QLosses
-from envs.actions import HALT
-from hrm_rl import evaluation, rng
+from envs import HALT, Slots
+from hrm_rl import evaluation, measure, rng
 from hrm_rl.config import TrainConfig
 from hrm_rl.core import HRMCore
 from hrm_rl.core.io import load_core, model_bytes
@@ -43,18 +43,6 @@ PROBE_PUZZLES = 32
 
 class NonFiniteError(UserError):
     """A loss or gradient is not a number; training cannot go on."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The weighted terms of one update, scalars with gradient."""
-
-    supervised: Tensor | None
-    q_halt: Tensor | None
-    q_continue: Tensor | None
-
-    def total(self) -> Tensor:
-        return sum(term for term in (self.supervised, self.q_halt, self.q_continue) if term is not None)
 
 
 def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
@@ -189,16 +177,14 @@ class Trainer:
         ended = (actions == HALT) | (slots.steps >= self.config.max_steps)
         transition = Transition(view, q_logits, actions, slots.is_correct, None, ended)
         losses, q = self._losses(slots, transition)
-        total = losses.total()
-        lr = self.schedule()
-        set_learning_rate(self.optimizers, lr)
+        set_learning_rate(self.optimizers, self.schedule())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        losses["loss/total"].backward()
+        measure.record(self.sums, slots, transition, losses, q)
+        details = self._details(slots, losses) if detailed else {}
         if self.config.optim.grad_clip:
             nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.optim.grad_clip)
-        self._record(slots, transition, losses, total, q)
-        details = self._details(slots, ended, lr * self.config.optim.lr, losses, total) if detailed else {}
         self.previous = (slots.z_H.detach(), slots.z_L.detach()) if before_detailed else None
         for optimizer in self.optimizers:
             optimizer.step()
@@ -211,7 +197,7 @@ class Trainer:
         self.samples += self.config.num_envs
         return details
 
-    def _decide(self, slots) -> tuple[View, Tensor | None, Tensor]:
+    def _decide(self, slots: Slots) -> tuple[View, Tensor | None, Tensor]:
         reaches_core = self.config.q_to_core and self.learns_core
         z_H = slots.z_H if reaches_core else slots.z_H.detach()
         view = View(z_H, slots.logits.detach(), slots.steps, slots.valid, rng.fold(slots.key, slots.episode))
@@ -219,21 +205,25 @@ class Trainer:
         actions = self.agent.act(view, None if q_logits is None else q_logits.detach(), explore=True)
         return view, q_logits, actions
 
-    def _losses(self, slots, transition: Transition) -> tuple[Losses, QLosses | None]:
+    def _losses(self, slots: Slots, transition: Transition) -> tuple[dict[str, Tensor], QLosses | None]:
+        """The loss by tag (the total is weighted, its parts are not), and the Q-losses slot by slot."""
         c, B = self.config, self.config.num_envs
-        supervised = q_halt = q_continue = q = None
+        losses: dict[str, Tensor] = {}
+        total, q = [], None
         if self.learns_core:
-            supervised = c.supervised_weight * supervised_loss(slots.logits, slots.labels, c.loss).sum() / B
+            losses["loss/supervised"] = supervised_loss(slots.logits, slots.labels, c.loss).sum() / B
+            total.append(c.supervised_weight * losses["loss/supervised"])
         if self.learns_q:
             learned_from = self._with_bootstrap(slots, transition)
             if learned_from is not None:
                 q = self.agent.loss(learned_from)
-                q_halt, q_continue = c.halt_weight * q.halt.sum() / B, c.continue_weight * q.cont.sum() / B
+                total += [c.halt_weight * q.halt.sum() / B, c.continue_weight * q.cont.sum() / B]
             else:  # the first update of next_observation has no decision behind it
-                q_halt = q_continue = transition.q_logits.sum() * 0
-        return Losses(supervised, q_halt, q_continue), q
+                total.append(transition.q_logits.sum() * 0)
+        losses["loss/total"] = sum(total)
+        return losses, q
 
-    def _with_bootstrap(self, slots, transition: Transition) -> Transition | None:
+    def _with_bootstrap(self, slots: Slots, transition: Transition) -> Transition | None:
         """The transition to learn from, with the observation its continue target is read from."""
         mode = self.config.bootstrap
         if mode == "next_observation":
@@ -259,58 +249,25 @@ class Trainer:
 
     # --- metrics ------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _record(self, slots, transition: Transition, losses: Losses, total: Tensor, q: QLosses | None) -> None:
-        """Add this update to the running sums, on the device."""
-        add, B = self.sums.add, self.config.num_envs
-        add("updates", torch.ones((), device=self.device))
-        add("loss/total", total)
-        if losses.supervised is not None:
-            add("loss/supervised", losses.supervised / max(self.config.supervised_weight, 1e-12))
-        ended = transition.ended & slots.valid
-        add("episodes", ended.sum())
-        add("exact", (slots.is_correct & ended).sum())
-        add("token", (slots.token_accuracy * ended).sum())
-        add("steps", (slots.steps * ended).sum())
-        if transition.q_logits is not None:
-            size = transition.q_logits.detach().float().abs()
-            add("logit", size.mean())
-            self.sums.largest("logit_max", size.max())
-            agrees = (transition.q_logits[:, 0] >= 0) == slots.is_correct
-            add("q_agrees", (agrees & ended).sum())
-        if q is not None:
-            add("loss/q_halt", q.halt.sum() / B)
-            add("loss/q_continue", q.cont.sum() / B)
-            add("td_halt", q.td_error_halt.abs().sum() / B)
-            add("td_continue", q.td_error_continue.abs().sum())
-            add("td_continue_count", q.has_continue.sum())
-
-    def _details(self, slots, ended: Tensor, lr: float, losses: Losses, total: Tensor) -> dict[str, float]:
+    def _details(self, slots: Slots, losses: dict[str, Tensor]) -> dict[str, float]:
         """What is measured at logged updates only (waits for the device). Stops the run if it is not finite."""
-        values: dict[str, float] = {"optim/lr": lr}
-        groups: dict[str, list[Tensor]] = {}
-        for name, parameter in self.trained.items():
-            if parameter.grad is not None:
-                groups.setdefault(_part(name), []).append(parameter.grad)
-        for part, grads in groups.items():
-            values[f"grad/{part}"] = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])).item()
-        terms = {"loss/supervised": losses.supervised, "loss/q_halt": losses.q_halt,
-                 "loss/q_continue": losses.q_continue, "loss/total": total}  # fmt: skip
-        for name, value in {**{n: t.item() for n, t in terms.items() if t is not None}, **values}.items():
+        values = {"optim/lr": self.schedule() * self.config.optim.lr} | measure.gradient_norms(self.trained)
+        for name, value in ({tag: loss.item() for tag, loss in losses.items()} | values).items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"update {self.step + 1}: {name} is {value}")
         largest = max(p.detach().abs().max().item() for p in self.trained.values())
         values["param/max_times_decay"] = largest * self.config.optim.weight_decay
         if self.previous is not None:
-            goes_on = slots.steps > 1
-            for name, now, before in zip(("z_H", "z_L"), (slots.z_H, slots.z_L), self.previous, strict=True):
-                now, before = now.detach().float().flatten(1), before.float().flatten(1)
-                ratio = (now - before).norm(dim=1) / now.norm(dim=1).clamp(min=1e-12)
-                if goes_on.any():
-                    values[f"state/residual_{name}"] = ratio[goes_on].mean().item()
+            values |= measure.residuals(slots, self.previous)
         if self.learns_q and self.config.max_steps > 1:
             values |= self._drift()
         return values
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if a weight is not a number (before a checkpoint is written over a good one)."""
+        for name, parameter in self.trained.items():
+            if not bool(parameter.isfinite().all()):
+                raise NonFiniteError(f"update {self.step}: the weights of {name} are not finite")
 
     @torch.no_grad()
     def _drift(self) -> dict[str, float]:
@@ -324,26 +281,7 @@ class Trainer:
 
     def line(self, details: dict[str, float], seconds: float) -> dict[str, float]:
         """The metrics since the last line, ready for the writer."""
-        s, values = self.sums.take(), dict(details)
-        updates = s["updates"]
-        for tag in ("loss/total", "loss/supervised", "loss/q_halt", "loss/q_continue"):
-            if tag in s:
-                values[tag] = s[tag] / updates
-        episodes = s["episodes"]
-        values["halt/episodes"] = episodes
-        if episodes:
-            values["halt/exact_accuracy"] = s["exact"] / episodes
-            values["halt/token_accuracy"] = s["token"] / episodes
-            values["halt/mean_steps"] = s["steps"] / episodes
-            if "q_agrees" in s:
-                values["halt/q_halt_accuracy"] = s["q_agrees"] / episodes
-        if "logit" in s:
-            values["q/mean_abs_logit"] = s["logit"] / updates
-            values["q/max_abs_logit"] = s["logit_max"]
-        if "td_halt" in s:
-            values["q/td_error_halt"] = s["td_halt"] / updates
-            if s["td_continue_count"]:
-                values["q/td_error_continue"] = s["td_continue"] / s["td_continue_count"]
+        values = details | measure.averages(self.sums.take())
         values["time/samples_per_second"] = self.samples / max(seconds, 1e-9)
         values["time/elapsed"] = self.elapsed
         self.samples = 0
@@ -444,15 +382,6 @@ class Trainer:
         self.previous = (previous["z_H"], previous["z_L"]) if previous else None
         self._set_clues()
         self.envs.load_state_dict({**plain["slots"], **part("slots.")})
-
-
-def _part(name: str) -> str:
-    """Which part of the model a parameter belongs to, for gradient norms."""
-    if name.startswith("agent."):
-        return "q_head"
-    if name.startswith("core.H_level"):
-        return "core_H"
-    return "core_L" if name.startswith("core.L_level") else "core_other"
 
 
 def is_due(step: int, every: int) -> bool:

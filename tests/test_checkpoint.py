@@ -11,6 +11,7 @@ from hrm_testing import small_trainer
 
 from hrm_rl import checkpoint
 from hrm_rl.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from hrm_rl.core import CoreConfig, HRMCore
 from hrm_rl.core.io import MODEL_FILE, load_core, model_bytes
 from hrm_rl.errors import UserError
 
@@ -180,4 +181,15 @@ def test_what_is_wrong_with_a_model_file_is_said(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_core(tmp_path / "nothing.safetensors")
     with pytest.raises(UserError, match="holds no model.safetensors"):
+        load_core(tmp_path)
+
+
+def test_a_flipped_bit_in_the_model_of_a_checkpoint_is_noticed(tmp_path):
+    config = CoreConfig(vocab_size=6, seq_len=16, hidden_size=16, num_heads=2, inner_multiple=16, puzzle_emb_ndim=16)
+    folder = save_checkpoint(tmp_path, 3, model_bytes(HRMCore(config), None), {}, {})
+    load_core(tmp_path)  # as written it loads
+    content = bytearray((folder / MODEL_FILE).read_bytes())
+    content[-5] ^= 4
+    (folder / MODEL_FILE).write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors: damaged"):
         load_core(tmp_path)

@@ -381,3 +381,12 @@ def test_compiled_equals_eager():
         assert trainer.compiled == (mode == "on")
     assert all(torch.allclose(runs[0][n], runs[1][n], atol=1e-4) for n in runs[0])
     assert isinstance(trainer.agent, QHaltingAgent)
+
+
+def test_weights_that_are_not_numbers_are_never_saved_as_good():
+    trainer = small_trainer()
+    trainer.check_finite()
+    with torch.no_grad():
+        trainer.core.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="core.lm_head.weight are not finite"):
+        trainer.check_finite()

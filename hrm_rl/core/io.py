@@ -7,6 +7,7 @@ core's configuration and what the model was trained with. Names map one to one t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -69,6 +70,7 @@ def model_bytes(core: HRMCore, q_head: nn.Module | None, meta: dict | None = Non
 
 def read_header(path: Path) -> tuple[CoreConfig, dict, dict[str, Tensor]]:
     """(core configuration, meta, tensors) of a model file. UserError says what is wrong with it."""
+    _check_digest(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -83,6 +85,19 @@ def read_header(path: Path) -> tuple[CoreConfig, dict, dict[str, Tensor]]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: its header holds no valid core configuration ({_first_line(error)})") from error
     return config, meta, tensors
+
+
+def _check_digest(path: Path) -> None:
+    """Where a checkpoint's state.json lies beside the file, its SHA-256 must be the one noted there."""
+    note = path.parent / "state.json"
+    if not note.is_file():
+        return
+    try:
+        noted = json.loads(note.read_bytes())["sha256"][path.name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{note}: not readable as part of a checkpoint ({_first_line(error)})") from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != noted:
+        raise UserError(f"{path}: damaged (its SHA-256 is not the one noted when it was written)")
 
 
 def core_config(values: dict) -> CoreConfig:

@@ -95,7 +95,7 @@ def test_puzzle_embedding_gradient_by_sequence():
     seen = Transition(view, q_logits, torch.zeros(B), slots.is_correct, ahead, torch.zeros(B, dtype=torch.bool))
     losses, _ = trainer._losses(slots._replace(logits=output.logits), seen)
     q = trainer.agent.loss(seen)
-    (losses.supervised * B + 0.5 * (q.halt.sum() + q.cont.sum())).backward()
+    (losses["loss/supervised"] * B + 0.5 * (q.halt.sum() + q.cont.sum())).backward()
     gradient = wanted["grad.inner.puzzle_emb.local_weights"]
     close(rows.grad, gradient, 1e-4 * gradient.abs().max().item(), "gradient of the rows")
 
