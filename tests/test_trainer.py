@@ -12,7 +12,7 @@ from agents.q_targets import BOOTSTRAPS
 from hrm_rl.checkpoint import load_checkpoint, save_checkpoint
 from hrm_rl.config import OptimConfig
 from hrm_rl.errors import UserError
-from hrm_rl.trainer import is_due, run_folder
+from hrm_rl.trainer import NonFiniteError, is_due, run_folder
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
