@@ -18,7 +18,7 @@ from envs import CONTINUE
 
 def halting_frames(env: gym.Env, puzzle: int, max_steps: int) -> list[np.ndarray]:
     """Frames of one episode under the greedy rule q_halt > q_continue; the last one is where it halts."""
-    q_head = env.unwrapped._problem.q_head
+    q_head = env.unwrapped.q_head
     env.reset(seed=0, options={"puzzle": puzzle, "augment": False})
     frames = [env.render()]
     while len(frames) < max_steps:

@@ -144,6 +144,8 @@ class SlotEngine:
             episode = torch.zeros_like(key)
         with torch.no_grad():
             start = self._draw(key, episode, puzzle, self.augment if augment is None else augment)
+            # Copied out, so that a compiled core sees the same strides here and in `advance`.
+            start = start._replace(z_H=start.z_H.contiguous(), z_L=start.z_L.contiguous())
         return self._enter(self._prefix(start))
 
     def verdict(self, actions: Tensor) -> Verdict:
@@ -233,7 +235,7 @@ class SlotEngine:
             tokens = reveal(rng.fold(source, self._purposes[2]), tokens, answers, *self._clues)
         padding = answers == 0
         labels = answers.masked_fill(padding, IGNORE_LABEL)
-        z_H, z_L = self.core.initial_state(self.num_slots)
+        z_H, z_L = self.core.initial_state(self.num_slots)  # expanded views, not copies
         return Start(tokens, labels, z_H, z_L, torch.ones_like(key), ~padding.all(-1), puzzle, episode, key)
 
     @torch.no_grad()

@@ -124,6 +124,11 @@ class SudokuHaltEnv(gym.Env[np.ndarray, int]):
         return self._problem.engine
 
     @property
+    def q_head(self) -> nn.Module | None:
+        """Maps z_H (B, P + S, D) to Q-logits (B, 2): the head that came with the core; None without one."""
+        return self._problem.q_head
+
+    @property
     def slots(self) -> Slots:
         """The one slot, as tensors with a leading axis of 1."""
         return self.engine.slots

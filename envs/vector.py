@@ -125,6 +125,11 @@ class SudokuHaltVectorEnv(VectorEnv):
         return self._problem.engine
 
     @property
+    def q_head(self) -> nn.Module | None:
+        """Maps z_H (B, P + S, D) to Q-logits (B, 2): the head that came with the core; None without one."""
+        return self._problem.q_head
+
+    @property
     def slots(self) -> Slots:
         """Everything about the slots after the latest segment; see `Slots`."""
         return self.engine.slots

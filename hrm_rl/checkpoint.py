@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -53,6 +54,24 @@ def save_checkpoint(run: Path, step: int, model: bytes, tensors: dict[str, Tenso
     for old in list_checkpoints(run)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def lock_run(run: Path) -> IO[str]:
+    """Take a run's folder for this process; UserError if a live process has it. Held until closed or until death."""
+    import fcntl
+
+    handle = open(run / ".lock", "a+", encoding="ascii")  # noqa: SIM115 - held for as long as the run goes on
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "unknown"
+        handle.close()
+        raise UserError(f"{run}: the run is in use by a live process (pid {owner})") from error
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -68,6 +68,16 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        print("error: out of memory; lower num_envs (or batch-size), core.hidden_size or max_steps", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError on a GPU, a plain RuntimeError of the allocator on a CPU."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -128,15 +128,15 @@ def solve(
     """Halt for real: a slot that halts takes the next puzzle in the next core call."""
     segment = segment or core
     agent_max = _set_max_steps(agent, max_steps)
-    total, slots = len(puzzles), min(batch_size, len(puzzles))
+    total, slots = len(puzzles), batch_size
     questions, answers = puzzles.questions.to(device).long(), puzzles.answers.to(device).long()
     exact = torch.zeros(total, dtype=torch.bool)
     token, steps_used = torch.zeros(total), torch.zeros(total, dtype=torch.int64)
     given = torch.zeros_like(puzzles.answers, device="cpu")
-    index = torch.arange(slots, device=device)
-    waiting, calls = slots, 0
+    index = torch.arange(slots, device=device).clamp(max=total - 1)
+    waiting, calls = min(slots, total), 0
     state, steps = _first_state(core, slots), torch.zeros(slots, dtype=torch.int64, device=device)
-    busy = torch.ones(slots, dtype=torch.bool, device=device)
+    busy = torch.arange(slots, device=device) < total
     began = time.perf_counter()
     try:
         while True:
@@ -167,7 +167,8 @@ def solve(
 
 
 def _first_state(core: nn.Module, batch_size: int) -> State:
-    return core.initial_state(batch_size)
+    """The initial state, copied out so that a compiled segment sees the same strides in every call."""
+    return State(*(z.contiguous() for z in core.initial_state(batch_size)))
 
 
 def _set_max_steps(agent: HaltingAgent, max_steps: int | None) -> int | None:

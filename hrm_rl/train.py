@@ -75,12 +75,13 @@ class _Session:
     def start(self, config, agent_class, agent_arguments) -> int:
         import yaml
 
-        from hrm_rl.checkpoint import write_atomically
+        from hrm_rl.checkpoint import lock_run, write_atomically
         from hrm_rl.metrics import MetricsWriter
         from hrm_rl.trainer import Trainer, run_folder
 
         trainer = Trainer(config, agent_class, agent_arguments)  # before the folder: bad input leaves nothing behind
         self.run = run_folder(trainer.config)
+        self.lock = lock_run(self.run)
         content = trainer.config.to_values() | {
             "agent": f"{agent_class.__module__}.{agent_class.__qualname__}", "agent_args": agent_arguments,
         }  # fmt: skip
@@ -88,12 +89,13 @@ class _Session:
         return self._train(trainer, MetricsWriter(self.run))
 
     def resume(self, run: Path, options, argv: Sequence[str]) -> int:
-        from hrm_rl.checkpoint import list_checkpoints, load_checkpoint
+        from hrm_rl.checkpoint import list_checkpoints, load_checkpoint, lock_run
         from hrm_rl.metrics import MetricsWriter
         from hrm_rl.trainer import Trainer
 
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run}: no run to resume (it holds no config.yaml)")
+        self.lock = lock_run(run)
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
         refused = given - {"resume", "total_steps", "time_budget", "debug", "env"}
         if refused:
@@ -150,8 +152,14 @@ class _Session:
         except NonFiniteError as error:
             writer.close()
             raise UserError(f"{error}; the last good checkpoint is {self._last_checkpoint()}") from error
+        except OSError as error:  # a full disk, a folder that went away
+            reason = error.strerror or error
+            raise UserError(
+                f"{self.run}: cannot be written ({reason}); the last good checkpoint is {self._last_checkpoint()}"
+            ) from error
         finally:
             progress.close()
+            self.lock.close()
         writer.close()
         if self.stop_signal:
             name = signal.Signals(self.stop_signal).name
@@ -188,13 +196,7 @@ class _Session:
         trainer.check_finite()
         tensors, plain = trainer.state()
         plain["metrics_position"] = writer.position()
-        try:
-            save_checkpoint(self.run, trainer.step, trainer.model({"run": self.run.name}), tensors, plain)
-        except OSError as error:
-            raise UserError(
-                f"{self.run}: checkpoint of update {trainer.step} could not be written ({error.strerror}); "
-                f"the last good one is {self._last_checkpoint()}"
-            ) from error
+        save_checkpoint(self.run, trainer.step, trainer.model({"run": self.run.name}), tensors, plain)
 
     def _last_checkpoint(self) -> str:
         from hrm_rl.checkpoint import list_checkpoints
@@ -215,9 +217,10 @@ class _Session:
         c = trainer.config
         segments = max(c.report_steps, c.max_steps)  # the learned halt needs max_steps of them
         puzzles = trainer.test_puzzles
-        core, agent = trainer.evaluation_models()
-        trajectories = trainer.evaluate(puzzles, segments)
-        solved = solve(core, agent, puzzles, c.max_steps, c.num_envs, trainer.device)
+        compiled = {"segment": trainer.segment}
+        trajectories = trainer.evaluate(puzzles, segments, **compiled)
+        with trainer.evaluation_weights():
+            solved = solve(trainer.core, trainer.agent, puzzles, c.max_steps, c.num_envs, trainer.device, **compiled)
         result = report(trajectories, [c.max_steps], solved)
         minutes = (time.perf_counter() - self.began) / 60
         result |= {

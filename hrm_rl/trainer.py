@@ -32,7 +32,7 @@ from hrm_rl.config import TrainConfig
 from hrm_rl.core import HRMCore
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.devices import can_compile, pick_device
-from hrm_rl.errors import UserError
+from hrm_rl.errors import UserError, nearest
 from hrm_rl.losses import supervised_loss
 from hrm_rl.metrics import Sums
 from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, state_tensors
@@ -96,11 +96,7 @@ class Trainer:
             raise UserError(f"objective=q needs an agent that learns from Q-targets; {agent_class.__name__} does not")
         self.core.requires_grad_(self.learns_core)
         self.agent.requires_grad_(self.learns_q)
-        self.envs = gym.make_vec(
-            config.env, num_envs=config.num_envs, size=config.size, data=self.puzzles, core=self.core,
-            max_steps=config.max_steps, ponder_cost=config.ponder_cost, augment=config.augment,
-            device=str(self.device), tensors="torch", observation="q_token",  # the loop reads `envs.slots`
-        ).unwrapped  # fmt: skip
+        self.envs = self._make_envs()
         self.engine = self.envs.engine
         self.compiled = self._compile()
         trained = {f"core.{n}": p for n, p in self.core.named_parameters()} if self.learns_core else {}
@@ -120,6 +116,17 @@ class Trainer:
         self.envs.reset(seed=config.seed)
 
     # --- set-up -------------------------------------------------------------------------------------------
+
+    def _make_envs(self) -> gym.vector.VectorEnv:
+        c = self.config
+        try:
+            return gym.make_vec(
+                c.env, num_envs=c.num_envs, size=c.size, data=self.puzzles, core=self.core, max_steps=c.max_steps,
+                ponder_cost=c.ponder_cost, augment=c.augment, device=str(self.device), tensors="torch",
+                observation="q_token",  # the loop reads `envs.slots`
+            ).unwrapped  # fmt: skip
+        except (gym.error.Error, ModuleNotFoundError) as error:
+            raise UserError(f"env {c.env!r} cannot be made: {error}{nearest(c.env, gym.registry)}") from error
 
     def _compile(self) -> bool:
         wanted = self.config.compile
@@ -303,13 +310,13 @@ class Trainer:
 
     def evaluate(self, puzzles: PuzzleSet, max_steps: int, **keywords) -> evaluation.Trajectories:
         """Trajectories of `puzzles` with the evaluation weights, in batches as large as training's."""
-        with self._evaluation_weights():
+        with self.evaluation_weights():
             return evaluation.trajectories(
                 self.core, self.agent, puzzles, max_steps, self.config.num_envs, self.device, **keywords
             )
 
     @contextlib.contextmanager
-    def _evaluation_weights(self) -> Iterator[None]:
+    def evaluation_weights(self) -> Iterator[None]:
         """The averaged weights in the trained modules for a while, so that compiled functions see them too.
 
         Written through `.data`: the graph of the segment in work must not take it for a change, since the
@@ -348,7 +355,7 @@ class Trainer:
             tensors["probe_target"] = self.probe_target
         if self.previous is not None:
             tensors |= {"previous.z_H": self.previous[0], "previous.z_L": self.previous[1]}
-        plain = {"elapsed": self.elapsed, "samples": self.samples, "torch_rng": torch.get_rng_state().tolist(),
+        plain = {"elapsed": self.elapsed, "torch_rng": torch.get_rng_state().tolist(),
                  "puzzles": self.puzzles.sha256,
                  "slots": {n: v for n, v in slots.items() if not isinstance(v, Tensor)}}  # fmt: skip
         return tensors, plain
@@ -370,7 +377,7 @@ class Trainer:
             self.ema[name].copy_(value)
         load_state_tensors(self.optimizers, part("optim."))
         self.sums.values = part("sums.")
-        self.step, self.elapsed, self.samples = plain["step"], plain["elapsed"], plain["samples"]
+        self.step, self.elapsed = plain["step"], plain["elapsed"]
         torch.set_rng_state(torch.tensor(plain["torch_rng"], dtype=torch.uint8))
         stored = part("stored.")
         if stored:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import random
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +19,13 @@ import yaml
 from hrm_testing import small_puzzles
 from safetensors.torch import load_file
 
-from hrm_rl import train
-from hrm_rl.checkpoint import list_checkpoints
+from hrm_rl import checkpoint, train
+from hrm_rl.checkpoint import list_checkpoints, lock_run
 from hrm_rl.errors import UserError
 from hrm_rl.metrics import read_metrics
 from hrm_rl.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = """
 size: 4
 num_envs: 4
@@ -160,3 +168,67 @@ def test_what_cannot_be_resumed_is_said(tmp_path, recipe):
     model.write_bytes(model.read_bytes()[:-1])
     with pytest.raises(UserError, match="train.safetensors"):
         train.main(["--resume", str(run), "--total-steps", "6"])
+
+
+def test_a_run_in_use_is_refused(tmp_path, recipe):
+    assert train.main([*recipe, "--total-steps", "6", "--name", "one"]) == 0
+    run = tmp_path / "runs" / "one"
+    holder = lock_run(run)
+    with pytest.raises(UserError, match=f"in use by a live process .pid {os.getpid()}"):
+        train.main(["--resume", str(run), "--total-steps", "9"])
+    holder.close()  # as the system does when the process dies
+    assert train.main(["--resume", str(run), "--total-steps", "9"]) == 0
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_loads(tmp_path, recipe, monkeypatch):
+    real, calls = checkpoint.save_checkpoint, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device.; the last good .*step-00000006"):
+        train.main([*recipe, "--total-steps", "18", "--name", "full"])
+    monkeypatch.undo()
+    assert train.main(["--resume", str(tmp_path / "runs" / "full")]) == 0
+
+
+def test_an_unknown_environment_names_the_nearest(recipe):
+    with pytest.raises(UserError, match="did you mean 'SudokuHalt-v0'"):
+        train.main([*recipe, "--env", "SudokuHallt-v0"])
+
+
+@pytest.mark.slow
+def test_kill_nine_at_twenty_random_moments(tmp_path, recipe):
+    """A run that is killed again and again and resumed gives the metrics of one that never stopped."""
+    flags = [*recipe, "--total-steps", "600", "--checkpoint-every", "5", "--eval-every", "0"]
+    assert train.main([*flags, "--name", "straight"]) == 0
+    run, chance = tmp_path / "runs" / "killed", random.Random(4)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    kills = 0
+    while True:
+        started = run / "config.yaml"
+        words = ["--resume", str(run)] if list_checkpoints(run) else [*flags, "--name", "killed"]
+        if words[0] != "--resume" and run.exists():
+            shutil.rmtree(run)  # killed before its first checkpoint
+        child = subprocess.Popen([sys.executable, "-m", "hrm_rl.train", *words], cwd=ROOT, env=environment,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        if kills < 20:
+            for line in child.stdout:  # wait until it trains, then a moment more
+                if line.startswith(("run folder", "resuming")):
+                    break
+            time.sleep(chance.random() * 0.4)
+            child.kill()
+            child.wait()
+            kills += 1
+            assert started.exists()
+            continue
+        output = child.communicate(timeout=300)[0]
+        assert child.returncode == 0, output
+        break
+    assert lines_of(run) == lines_of(tmp_path / "runs" / "straight")
+    ours, straight = newest(run), newest(tmp_path / "runs" / "straight")
+    assert ours[0] == straight[0] and same(ours[1], straight[1])
