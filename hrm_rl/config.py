@@ -71,9 +71,9 @@ class TrainConfig:
         augment: Draw a random symmetry of every puzzle (digits, bands, rows, stacks, columns, transpose).
         clues: Fewest and most givens of the training puzzles: more of the answer is shown at random until a
             puzzle has that many. 0 0 shows them as they are.
-        clues_start: The range that training begins with, so that it learns on easier puzzles first; 0 0: no
-            curriculum.
-        clues_ramp: Share of the run over which the range moves from clues_start to clues.
+        curriculum: Share of the cells given when training begins, fewest and most: it starts on easier puzzles,
+            with more of the answer shown, and moves to the puzzles as they are (or to clues). 0 0: off.
+        curriculum_ramp: Share of the run over which it gets there.
         out: Folder in which the run's own folder is made.
         name: Name of the run's folder; empty makes one from the objective, the seed and the time.
         init_core: Weights to start from (a run, checkpoint or model file). Only objective=q starts from
@@ -113,8 +113,8 @@ class TrainConfig:
     test_limit: int = 1000
     augment: bool = True
     clues: tuple[int, int] = (0, 0)
-    clues_start: tuple[int, int] = (0, 0)
-    clues_ramp: float = 0.4
+    curriculum: tuple[float, float] = (0.62, 0.74)
+    curriculum_ramp: float = 0.35
     out: str = "runs"
     name: str = ""
     init_core: str | None = None
@@ -148,12 +148,11 @@ class TrainConfig:
         )  # fmt: skip
         at_least_1 = ("num_envs", "max_steps", "total_steps", "log_every", "eval_puzzles")
         ranges = {name: (0, None) for name in at_least_0} | {name: (1, None) for name in at_least_1}
-        _check("", self, clues_ramp=(0, 1), **ranges)
-        for name in ("clues", "clues_start"):
+        _check("", self, curriculum_ramp=(0, 1), **ranges)
+        for name, most in (("clues", self.size**2), ("curriculum", 1)):
             low, high = getattr(self, name)
-            if not 0 <= low <= high <= self.size**2:
-                rule = f"two numbers, 0 <= low <= high <= {self.size**2}"
-                raise UserError(f"{name} must be {rule}, not {low} and {high}")
+            if not 0 <= low <= high <= most:
+                raise UserError(f"{name} must be two numbers, 0 <= low <= high <= {most}, not {low} and {high}")
         if self.core.seq_len != self.size**2 or self.core.vocab_size != self.size + 2:
             raise UserError(
                 f"core.seq_len={self.core.seq_len} and core.vocab_size={self.core.vocab_size} do not fit size="
@@ -169,7 +168,7 @@ class TrainConfig:
         """
         values = dict(values)
         optim, core = dict(values.pop("optim", {})), dict(values.pop("core", {}))
-        for name in ("clues", "clues_start"):
+        for name in ("clues", "curriculum"):
             if name in values:
                 values[name] = tuple(values[name])
         side = values.get("size", cls.size)
@@ -186,7 +185,7 @@ class TrainConfig:
     def to_values(self) -> dict[str, Any]:
         """Plain nested values for YAML; `from_values` reads them back."""
         values = asdict(self)
-        for group, name in ((values["core"], "box"), (values, "clues"), (values, "clues_start")):
+        for group, name in ((values["core"], "box"), (values, "clues"), (values, "curriculum")):
             group[name] = list(group[name])  # YAML has no tuples
         return values
 

@@ -112,6 +112,7 @@ class Trainer:
         self.stored: Transition | None = None  # the decision before, for bootstrap=next_observation
         self.probe_target: Tensor | None = None
         self.previous: tuple[Tensor, Tensor] | None = None  # state one segment ago, kept at logged updates
+        self.fewest_clues = int(self.puzzles.clues.min())
         self._set_clues()
         self.envs.reset(seed=config.seed)
 
@@ -155,13 +156,14 @@ class Trainer:
         return min(1.0, done)
 
     def _set_clues(self) -> None:
-        """Move the range of givens along the curriculum."""
+        """Move the range of givens along the curriculum, from its start to `clues` or to the puzzles as they are."""
         c = self.config
-        if c.clues == (0, 0) and c.clues_start == (0, 0):
+        if c.clues == (0, 0) and c.curriculum == (0, 0):
             return
-        share = 1.0 if c.clues_start == (0, 0) or c.clues_ramp == 0 else min(1.0, self.progress() / c.clues_ramp)
-        ends = zip(c.clues_start, c.clues, strict=True)
-        self.engine.set_clues(*(round(start + (end - start) * share) for start, end in ends))
+        end = c.clues if c.clues != (0, 0) else (self.fewest_clues, self.fewest_clues)
+        start = [share * c.size**2 for share in c.curriculum] if c.curriculum != (0, 0) else end
+        done = min(1.0, self.progress() / c.curriculum_ramp) if c.curriculum_ramp else 1.0
+        self.engine.set_clues(*(round(a + (b - a) * done) for a, b in zip(start, end, strict=True)))
 
     def schedule(self) -> float:
         """Share of the peak learning rate: linear warm-up from 0, then constant or a decay over the rest."""

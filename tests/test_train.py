@@ -31,6 +31,7 @@ size: 4
 num_envs: 4
 max_steps: 3
 augment: false
+curriculum: [0, 0]
 device: cpu
 compile: "off"
 log_every: 3

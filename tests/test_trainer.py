@@ -105,7 +105,7 @@ COMBINATIONS += [("adamw", "supervised", "shared_prefix"), ("muon", "joint", "sh
 def test_resume_is_exact(tmp_path, optimizer, objective, bootstrap):
     """Twelve updates straight against six, a checkpoint on disk, and six more: number for number."""
     optim = {"optimizer": optimizer, "warmup_steps": 3, "schedule": "cosine", "ema": 0.9}
-    curriculum = dict(clues_start=(12, 16), clues=(0, 6), clues_ramp=0.9)
+    curriculum = dict(curriculum=(0.75, 1.0), clues=(0, 6), curriculum_ramp=0.9)
     settings = dict(objective=objective, bootstrap=bootstrap, total_steps=12, optim=optim, **curriculum)
     straight = lively_trainer(**settings)
     for _ in range(12):
@@ -259,8 +259,8 @@ def givens(trainer) -> list[int]:
 
 
 def test_curriculum_of_givens():
-    """From clues_start to clues over clues_ramp of the run; the puzzles themselves have 10 givens."""
-    curriculum = dict(clues_start=(16, 16), clues=(12, 12), clues_ramp=0.5, total_steps=16)
+    """From the curriculum to clues over its ramp; the puzzles themselves have 10 givens."""
+    curriculum = dict(curriculum=(1.0, 1.0), clues=(12, 12), curriculum_ramp=0.5, total_steps=16)
     trainer = small_trainer(FixedAgent, {"k": 1}, objective="supervised", **curriculum)
     seen = []
     for _ in range(10):
