@@ -4,6 +4,8 @@ Source: HRM, arXiv:2506.21734, section 2.2, and the released code. Departures, e
 - a padded slot trains nothing (`valid`), where the release counts it as a right answer;
 - evaluation halts (the release runs every puzzle to max_steps);
 - the exploration floor can be drawn once an episode (the paper) or at every step (the release, the default);
+- at the budget, CONTINUE earns what HALT earns and is trained on that in the modes that do not look ahead of
+  it (`q_targets.grounded_target`);
 - four ways to get the bootstrap value (`q_targets`), where the release has `extra_forward` alone.
 """
 
@@ -83,8 +85,11 @@ class QHaltingAgent(HaltingAgent):
         else:
             with torch.no_grad():
                 next_q_logits = self.scores(transition.next_z_H)
-            target_continue = q_targets.continue_target(next_q_logits, view.steps >= self.max_steps)
-            has_continue = q_targets.continue_mask(self.bootstrap, continued)
+            at_limit = view.steps >= self.max_steps
+            target_continue = q_targets.continue_target(next_q_logits, at_limit)
+            if self.bootstrap != "extra_forward":
+                target_continue = q_targets.grounded_target(target_continue, transition.is_correct, at_limit)
+            has_continue = q_targets.continue_mask(self.bootstrap, continued, at_limit)
         target_halt = q_targets.halt_target(transition.is_correct)
         return q_targets.q_losses(transition.q_logits, target_halt, target_continue, view.valid, has_continue)
 

@@ -8,8 +8,8 @@ The bootstrap modes differ only in where the next segment's q_logits come from a
 is a continue target (DESIGN, section 4):
 
 - extra_forward     one more segment from the detached state with today's weights; every slot
-- shared_prefix     a gradient-free run of the segment that comes next; slots that continue
-- next_observation  the next observation the environment returned; slots that continue
+- shared_prefix     a gradient-free run of the segment that comes next; slots that continue, or are at the budget
+- next_observation  the next observation the environment returned; likewise
 - none              no continue target at all (TRM, arXiv:2510.04871)
 """
 
@@ -40,17 +40,28 @@ def continue_target(next_q_logits: Tensor, at_limit: Tensor) -> Tensor:
     return torch.where(at_limit, next_halt, torch.maximum(next_halt, next_continue)).sigmoid()
 
 
-def continue_mask(bootstrap: str, continued: Tensor) -> Tensor:
-    """Slots that have a continue target: (B,) bool from `continued` (B,) bool.
+def grounded_target(bootstrapped: Tensor, is_correct: Tensor, at_limit: Tensor) -> Tensor:
+    """Continue target of the modes that read the segment which really comes next: known at the budget.
+
+    There CONTINUE counts as HALT and earns is_correct (DESIGN, section 3), so nothing is bootstrapped. Without
+    this, Q(max_steps, CONTINUE) is never trained though the target one step before reads it, and the values of
+    puzzles that are never solved float (docs/LAB_NOTES.md, 2026-11-21: a run whose halting collapsed).
+    bootstrapped (B,) in [0, 1]; is_correct, at_limit (B,) bool. Returns (B,) without gradient.
+    """
+    return torch.where(at_limit, halt_target(is_correct), bootstrapped.detach())
+
+
+def continue_mask(bootstrap: str, continued: Tensor, at_limit: Tensor) -> Tensor:
+    """Slots that have a continue target: (B,) bool from `continued`, `at_limit` (B,) bool.
 
     `extra_forward` looks one segment ahead of every slot, also of those that halt, as released; the modes
-    that read the segment which really comes next have one only where the episode goes on. Raises
-    ValueError for an unknown mode.
+    that read the segment which really comes next have one where the episode goes on and, known without a
+    look ahead, at the budget (`grounded_target`). Raises ValueError for an unknown mode.
     """
     if bootstrap == "extra_forward":
         return torch.ones_like(continued)
     if bootstrap in ("shared_prefix", "next_observation"):
-        return continued
+        return continued | at_limit
     if bootstrap == "none":
         return torch.zeros_like(continued)
     raise ValueError(f"unknown bootstrap {bootstrap!r}; choose one of {', '.join(BOOTSTRAPS)}")

@@ -39,22 +39,30 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "muon"
     lr: float = 2e-3
-    muon_lr: float = 1e-2
+    muon_lr: float = 5e-3
     muon_momentum: float = 0.95
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     final_lr: float = 0.0
     grad_clip: float = 0.0
-    ema: float = 0.0
+    ema: float = 0.99
 
     def __post_init__(self) -> None:
         _check("optim", self, lr=(0, None), muon_lr=(0, None), muon_momentum=(0, 1), weight_decay=(0, None),
                beta1=(0, 1), beta2=(0, 1), eps=(0, None), warmup_steps=(0, None), final_lr=(0, 1),
                grad_clip=(0, None), ema=(0, 1))  # fmt: skip
+
+
+def small_core() -> CoreConfig:
+    """The core of the default run: 0.11 M parameters, small enough for two CPU cores (docs/LAB_NOTES.md)."""
+    return CoreConfig(
+        hidden_size=96, num_heads=6, expansion=2.0, inner_multiple=64, H_cycles=2, L_cycles=2, H_layers=1, L_layers=1,
+        token_mixing="grid", grid_strength=8.0, puzzle_emb_ndim=96,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,21 +133,21 @@ class TrainConfig:
     supervised_weight: float = 1.0
     halt_weight: float = 0.5
     continue_weight: float = 0.5
-    num_envs: int = 64
-    max_steps: int = 8
+    num_envs: int = 32
+    max_steps: int = 16
     ponder_cost: float = 0.0
-    total_steps: int = 1000
+    total_steps: int = 6600
     time_budget: float = 0.0
     seed: int = 0
     device: str = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    log_every: int = 20
-    eval_every: int = 0
+    log_every: int = 50
+    eval_every: int = 1000
     eval_puzzles: int = 256
-    checkpoint_every: int = 200
+    checkpoint_every: int = 500
     report_steps: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
-    core: CoreConfig = field(default_factory=CoreConfig)
+    core: CoreConfig = field(default_factory=small_core)
 
     def __post_init__(self) -> None:
         at_least_0 = (
@@ -167,7 +175,7 @@ class TrainConfig:
         Raises UserError for a value out of range.
         """
         values = dict(values)
-        optim, core = dict(values.pop("optim", {})), dict(values.pop("core", {}))
+        optim, core = dict(values.pop("optim", {})), asdict(small_core()) | dict(values.pop("core", {}))
         for name in ("clues", "curriculum"):
             if name in values:
                 values[name] = tuple(values[name])

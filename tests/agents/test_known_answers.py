@@ -54,8 +54,8 @@ def fixed_point(mode: str, right_from: int, right_until: int | None, beyond: flo
     table[0, 1 : M + 1] = torch.tensor(right[1 : M + 1])
     if mode == "none":
         return table
-    if mode == "extra_forward":  # one more segment even from the last step; the other modes never train this entry
-        table[1, M] = beyond
+    # extra_forward runs one more segment even from the last step; in the other modes CONTINUE counts as HALT there
+    table[1, M] = beyond if mode == "extra_forward" else right[M]
     for m in range(M - 1, 0, -1):
         table[1, m] = table[:, m + 1].max()
     return table
@@ -98,9 +98,24 @@ def test_without_at_limit_the_fixed_point_is_another(monkeypatch):
 @pytest.mark.parametrize("mode", ["shared_prefix", "next_observation"])
 def test_bootstrapping_across_episodes_is_seen(mode, monkeypatch):
     """Negative control: a continue target also where the episode ended reads the value of the next puzzle."""
-    monkeypatch.setattr(q_targets, "continue_mask", lambda mode, continued: torch.ones_like(continued))
+    monkeypatch.setattr(q_targets, "continue_mask", lambda mode, continued, at_limit: torch.ones_like(continued))
     with pytest.raises(AssertionError, match="off by"):
         assert_fixed_point(learn_table(mode, 2, 2), fixed_point(mode, 2, 2), atol=0.1)
+
+
+def lift_last(weight):
+    """Q(M, CONTINUE) starts near 0.95."""
+    weight[1, 1 + M] = 8.0
+
+
+@pytest.mark.parametrize("mode", ["shared_prefix", "next_observation"])
+def test_the_budget_grounds_the_values_of_puzzles_never_solved(mode, monkeypatch):
+    wanted = fixed_point(mode, 9, None)
+    assert_fixed_point(learn_table(mode, 9, None, prepare=lift_last), wanted)
+    # Negative control: with targets for slots that go on alone, the last value floats and all others read it.
+    monkeypatch.setattr(q_targets, "continue_mask", lambda mode, continued, at_limit: continued)
+    table = learn_table(mode, 9, None, prepare=lift_last)
+    assert (table[1, 1 : M + 1] > 0.9).all() and (table[0, 1 : M + 1] < 0.05).all()
 
 
 def test_extra_forward_looks_beyond_the_budget():
@@ -211,13 +226,20 @@ def test_the_bootstrap_value_carries_no_gradient_in_the_trainer(mode):
 
 
 def test_continue_mask():
-    continued = torch.tensor([True, False])
-    assert q_targets.continue_mask("extra_forward", continued).tolist() == [True, True]
-    assert q_targets.continue_mask("shared_prefix", continued).tolist() == [True, False]
-    assert q_targets.continue_mask("next_observation", continued).tolist() == [True, False]
-    assert q_targets.continue_mask("none", continued).tolist() == [False, False]
+    continued, at_limit = torch.tensor([True, False, False]), torch.tensor([False, False, True])
+    assert q_targets.continue_mask("extra_forward", continued, at_limit).tolist() == [True, True, True]
+    assert q_targets.continue_mask("shared_prefix", continued, at_limit).tolist() == [True, False, True]
+    assert q_targets.continue_mask("next_observation", continued, at_limit).tolist() == [True, False, True]
+    assert q_targets.continue_mask("none", continued, at_limit).tolist() == [False, False, False]
     with pytest.raises(ValueError, match="extra_forward"):
-        q_targets.continue_mask("prefix", continued)
+        q_targets.continue_mask("prefix", continued, at_limit)
+
+
+def test_grounded_target_is_the_reward_at_the_budget():
+    guess = torch.tensor([0.3, 0.3, 0.3], requires_grad=True)
+    right, at_limit = torch.tensor([True, True, False]), torch.tensor([False, True, True])
+    target = q_targets.grounded_target(guess, right, at_limit)
+    assert torch.equal(target, torch.tensor([0.3, 1.0, 0.0])) and not target.requires_grad
 
 
 def test_halting_rule():
