@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
         "model": loaded.source, "test": puzzles.name, "test_sha256": puzzles.sha256, "agent": options.agent,
         "trained_with_max_steps": trained_with, "machine": describe(device), "torch": torch.__version__,
     }  # fmt: skip
-    print(evaluation.table(result, puzzles.name))
+    label = "learned" if options.agent == "q" else options.agent.rpartition(".")[2]
+    print(evaluation.table(result, puzzles.name, label))
     if options.out:
         try:
             write_atomically(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())

@@ -227,12 +227,12 @@ def _q_by_step(run: Trajectories) -> list[dict]:
     return rows
 
 
-def table(result: dict, name: str) -> str:
-    """The report as text, one line a row."""
+def table(result: dict, name: str, agent: str = "learned") -> str:
+    """The report as text, one line a row; `agent` is what the rows of its halting are called."""
     lines = [f"{result['puzzles']} unseen puzzles ({name})"]
-    lines.append(f"{'halt':<22}{'exact':>8}{'token':>8}{'steps':>8}{'puzzles/s':>11}")
+    lines.append(f"{'halt':<26}{'exact':>8}{'token':>8}{'steps':>8}{'puzzles/s':>11}")
     for row in result["learned_halt"]:
-        label = f"learned, at most {row['max_steps']}"
+        label = f"{agent}, at most {row['max_steps']}"
         lines.append(_line(label, row, row["mean_steps"]))
     lines += [_line(f"fixed at {row['steps']}", row, row["steps"]) for row in result["fixed_steps"]]
     return "\n".join(lines)
@@ -240,6 +240,6 @@ def table(result: dict, name: str) -> str:
 
 def _line(label: str, row: dict, steps: float) -> str:
     return (
-        f"{label:<22}{row['exact_accuracy']:>8.1%}{row['token_accuracy']:>8.1%}{steps:>8.2f}"
+        f"{label:<26}{row['exact_accuracy']:>8.1%}{row['token_accuracy']:>8.1%}{steps:>8.2f}"
         f"{row['puzzles_per_second']:>11.1f}"
     )

@@ -38,7 +38,7 @@ def _over_training(axes, metrics: list[dict]) -> None:
     steps.plot(*_series(metrics, "halt/mean_steps"), color="#e67e22", alpha=0.8, label="mean steps")
     steps.set(ylabel="mean steps", ylim=(0, None))
     handles = [*axes.get_lines(), *steps.get_lines()]
-    axes.legend(handles, [line.get_label() for line in handles], fontsize=8, loc="center right")
+    axes.legend(handles, [line.get_label() for line in handles], fontsize=8, loc="lower right")
 
 
 def _by_step(axes, result: dict) -> None:

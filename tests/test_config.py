@@ -27,7 +27,7 @@ def options(*argv: str):
         ({"halt_weight": -0.5}, "halt_weight"), ({"optim": {"lr": -1e-3}}, "optim.lr must be at least 0"),
         ({"optim": {"beta2": 1.5}}, "optim.beta2 must be between 0 and 1"), ({"optim": {"ema": 2}}, "optim.ema"),
         ({"optim": {"final_lr": 1.1}}, "optim.final_lr"), ({"core": {"H_cycles": 0}}, "core.H_cycles"),
-        ({"core": {"num_heads": 3}}, "core.num_heads"), ({"core": {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
+        ({"core": {"num_heads": 5}}, "core.num_heads"), ({"core": {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
         ({"core": {"seq_len": 80}}, "seq_len=80"), ({"core": {"puzzle_emb_ndim": -1}}, "core.puzzle_emb_ndim"),
         ({"device": "gpu"}, "device 'gpu'"),
     ],

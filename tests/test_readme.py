@@ -30,7 +30,7 @@ def test_the_agent_example_evaluates(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}, text=True,
                           capture_output=True, timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "learned, at most" in done.stdout
+    assert "ConfidentAgent, at most" in done.stdout
 
 
 def test_every_flag_it_shows_exists():

@@ -34,7 +34,9 @@ def bootstrapped(trainer, updates: int):
 
     def loss(transition):
         losses = own(transition)
-        seen.append((trainer.agent.scores(transition.next_z_H).detach(), ~transition.ended, losses.cont.detach()))
+        at_limit = transition.view.steps >= trainer.config.max_steps
+        cont = losses.cont.detach().masked_fill(at_limit, 0)  # known there without a bootstrap (grounded_target)
+        seen.append((trainer.agent.scores(transition.next_z_H).detach(), ~transition.ended, cont))
         return losses
 
     trainer.agent.loss = loss

@@ -69,9 +69,10 @@ def test_td_errors_by_hand():
     own = trainer.agent.loss
 
     def loss(transition):
-        q_logits, goes_on = transition.q_logits.detach(), ~transition.ended
+        q_logits, at_limit = transition.q_logits.detach(), transition.view.steps >= trainer.config.max_steps
         target = trainer.agent.scores(transition.next_z_H).detach().amax(-1).sigmoid()
-        errors.extend((target - q_logits[:, 1].sigmoid()).abs()[goes_on].tolist())
+        target = torch.where(at_limit, transition.is_correct.float(), target)
+        errors.extend((target - q_logits[:, 1].sigmoid()).abs()[~transition.ended | at_limit].tolist())
         return own(transition)
 
     trainer.agent.loss = loss

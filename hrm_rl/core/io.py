@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hrm_rl.core.hrm import CoreConfig, HRMCore
 from hrm_rl.core.q_head import QHead
+from hrm_rl.devices import pick_dtype
 from hrm_rl.errors import UserError, nearest
 
 FORMAT = "hrm_rl.model.v1"
@@ -114,10 +115,13 @@ def core_config(values: dict) -> CoreConfig:
 def load_core(source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9) -> LoadedCore:
     """Read a core. source: None (the packaged one), a run folder, a checkpoint folder or a model file.
 
+    It computes in the dtype it was trained in, or in float32 where the hardware does not multiply bfloat16.
     Raises UserError for a missing, damaged or foreign file, naming the first tensor that does not fit.
     """
     path = packaged_core(size) if source is None else find_model(source)
     config, meta, tensors = read_header(path)
+    if config.dtype == "bfloat16" and pick_dtype("auto", torch.device(device)) != "bfloat16":
+        config = replace(config, dtype="float32")  # made on a machine that multiplies bfloat16; this one does not
     core = HRMCore(config)
     _fill(core, {n[5:]: t for n, t in tensors.items() if n.startswith("core.")}, path)
     head_tensors = {n[7:]: t for n, t in tensors.items() if n.startswith("q_head.")}

@@ -120,7 +120,8 @@ def small_config(optim: dict | None = None, core: dict | None = None, **changes)
     """A short run on 4x4 puzzles, on the CPU, not compiled."""
     values = dict(size=4, num_envs=4, max_steps=4, total_steps=100, device="cpu", compile="off", seed=3,
                   curriculum=(0.0, 0.0))  # fmt: skip
-    settings = OptimConfig(**dict(optimizer="adamw", lr=1e-2, warmup_steps=0, schedule="constant") | (optim or {}))
+    plain = dict(optimizer="adamw", lr=1e-2, warmup_steps=0, schedule="constant", ema=0.0)
+    settings = OptimConfig(**plain | (optim or {}))
     return TrainConfig(**values | changes, optim=settings, core=small_core(**(core or {})))
 
 

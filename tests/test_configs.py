@@ -1,0 +1,32 @@
+"""Every recipe in configs/ reads, and says in its first lines how to run it."""
+
+from pathlib import Path
+
+import pytest
+
+from hrm_rl import cli
+from hrm_rl.train import build_parser, read_options
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipe_reads(path):
+    config, agent, arguments = read_options(cli.parse(build_parser(), ["--config", str(path)]))
+    assert f"--config configs/{path.name}" in path.read_text()
+    assert config.core.seq_len == config.size**2 and isinstance(agent, type) and arguments == {}
+
+
+def test_the_paper_recipe_is_the_papers():
+    """HRM's released Sudoku recipe: sizes from its README and configuration; 27 M parameters."""
+    path = next(p for p in CONFIGS if p.stem == "sudoku-extreme-1k")
+    config = read_options(cli.parse(build_parser(), ["--config", str(path)]))[0]
+    assert (config.num_envs, config.max_steps, config.loss, config.bootstrap) == (768, 16, "stablemax", "extra_forward")
+    o, c = config.optim, config.core
+    assert (o.optimizer, o.lr, o.weight_decay, o.ema) == ("adamw", 1e-4, 1.0, 0)
+    assert (o.warmup_steps, o.schedule, o.grad_clip) == (2000, "constant", 0)
+    assert (c.token_mixing, c.positions, c.hidden_size, c.H_layers, c.L_layers) == ("attention", "rope", 512, 4, 4)
+    assert config.curriculum == (0, 0) and config.clues == (0, 0)
+    from hrm_rl.core import HRMCore
+
+    assert 27.2e6 < sum(p.numel() for p in HRMCore(c).parameters()) < 27.4e6
