@@ -206,17 +206,21 @@ def test_an_unknown_environment_names_the_nearest(recipe):
 def test_kill_nine_at_twenty_random_moments(tmp_path, recipe):
     """A run that is killed again and again and resumed gives the metrics of one that never stopped."""
     flags = [*recipe, "--total-steps", "600", "--checkpoint-every", "5", "--eval-every", "0"]
-    assert train.main([*flags, "--name", "straight"]) == 0
-    run, chance = tmp_path / "runs" / "killed", random.Random(4)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    kills = 0
+    run, chance, kills = tmp_path / "runs" / "killed", random.Random(4), 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the same for all: sums depend on the number of threads
+
+    def start(words):
+        return subprocess.Popen([sys.executable, "-m", "hrm_rl.train", *words], cwd=ROOT, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    straight = start([*flags, "--name", "straight"])
+    assert straight.wait(timeout=300) == 0, straight.stdout.read()
     while True:
         started = run / "config.yaml"
         words = ["--resume", str(run)] if list_checkpoints(run) else [*flags, "--name", "killed"]
         if words[0] != "--resume" and run.exists():
             shutil.rmtree(run)  # killed before its first checkpoint
-        child = subprocess.Popen([sys.executable, "-m", "hrm_rl.train", *words], cwd=ROOT, env=environment,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        child = start(words)
         if kills < 20:
             for line in child.stdout:  # wait until it trains, then a moment more
                 if line.startswith(("run folder", "resuming")):
