@@ -98,7 +98,8 @@ class TrainConfig:
         num_envs: Slots of the environment: the batch size.
         max_steps: Segments after which an episode is forced to halt.
         ponder_cost: Price of every CONTINUE, in the environment's reward (not in HRM's targets).
-        total_steps: Optimiser updates; each runs one segment in every slot.
+        total_steps: Optimiser updates; each runs one segment in every slot. 0 picks 6600, or 1200 where
+            objective=q.
         time_budget: Seconds after which training ends whatever total_steps says; 0 is no limit. The
             learning-rate decay then follows whichever is further on.
         seed: Fixes weights, puzzles, symmetries and exploration.
@@ -136,7 +137,7 @@ class TrainConfig:
     num_envs: int = 32
     max_steps: int = 16
     ponder_cost: float = 0.0
-    total_steps: int = 6600
+    total_steps: int = 0
     time_budget: float = 0.0
     seed: int = 0
     device: str = "auto"
@@ -152,11 +153,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least_0 = (
             "train_limit", "test_limit", "supervised_weight", "halt_weight", "continue_weight", "ponder_cost",
-            "time_budget", "eval_every", "checkpoint_every", "report_steps",
+            "time_budget", "eval_every", "checkpoint_every", "report_steps", "total_steps",
         )  # fmt: skip
-        at_least_1 = ("num_envs", "max_steps", "total_steps", "log_every", "eval_puzzles")
+        at_least_1 = ("num_envs", "max_steps", "log_every", "eval_puzzles")
         ranges = {name: (0, None) for name in at_least_0} | {name: (1, None) for name in at_least_1}
         _check("", self, curriculum_ramp=(0, 1), **ranges)
+        if self.total_steps == 0:
+            object.__setattr__(self, "total_steps", 1200 if self.objective == "q" else 6600)
         for name, most in (("clues", self.size**2), ("curriculum", 1)):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= most:

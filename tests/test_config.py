@@ -23,7 +23,7 @@ def options(*argv: str):
     ("values", "said"),
     [
         ({"num_envs": 0}, "num_envs must be at least 1, not 0"), ({"max_steps": 0}, "max_steps"),
-        ({"ponder_cost": -1}, "ponder_cost"), ({"total_steps": 0}, "total_steps"), ({"log_every": 0}, "log_every"),
+        ({"ponder_cost": -1}, "ponder_cost"), ({"total_steps": -1}, "total_steps"), ({"log_every": 0}, "log_every"),
         ({"halt_weight": -0.5}, "halt_weight"), ({"optim": {"lr": -1e-3}}, "optim.lr must be at least 0"),
         ({"optim": {"beta2": 1.5}}, "optim.beta2 must be between 0 and 1"), ({"optim": {"ema": 2}}, "optim.ema"),
         ({"optim": {"final_lr": 1.1}}, "optim.final_lr"), ({"core": {"H_cycles": 0}}, "core.H_cycles"),
