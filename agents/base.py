@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.q_targets import QLosses
+from hrm_rl.errors import UserError
 
 
 class View(NamedTuple):
@@ -51,8 +52,8 @@ class HaltingAgent(nn.Module):
     @torch.no_grad()
     def act(self, view: View, q_logits: Tensor | None = None, explore: bool = False) -> Tensor:
         """(B,) int64 of HALT and CONTINUE. `q_logits` saves a second pass where the caller has them."""
-        raise RuntimeError(f"{type(self).__name__} defines no act()")
+        raise UserError(f"agent {type(self).__name__} defines no act()")
 
     def loss(self, transition: Transition) -> QLosses:
         """Losses of a decision; only agents with `learns` have one."""
-        raise RuntimeError(f"{type(self).__name__} does not learn")
+        raise UserError(f"agent {type(self).__name__} does not learn")

@@ -26,7 +26,7 @@ def find_agent(name: str) -> type[HaltingAgent]:
         raise UserError(f"agent {name!r} is unknown; choose one of {known} or an import path{nearest(name, AGENTS)}")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(f"agent {name!r} cannot be imported ({error})") from error
     if not (isinstance(found, type) and issubclass(found, HaltingAgent)):
         raise UserError(f"agent {name!r} is not a subclass of agents.HaltingAgent")
@@ -48,4 +48,7 @@ def make_agent(
     except TypeError as error:
         takes = ", ".join(name for name in signature.parameters if name not in offered) or "none"
         raise UserError(f"agent_args of {agent_class.__name__}: {error} (it takes: {takes})") from error
-    return agent_class(**given)
+    try:
+        return agent_class(**given)
+    except TypeError as error:
+        raise UserError(f"agent_args of {agent_class.__name__}: {error}") from error

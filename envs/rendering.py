@@ -132,7 +132,7 @@ def draw_rgb(s: Scene) -> np.ndarray:
     named = zip(("halt", "continue"), s.q_values or (None, None), (_GREEN_BAR, _BLUE_BAR), strict=True)
     for i, (name, value, colour) in enumerate(named):
         x = right - width if i else left
-        begin, end = x + (84 if i else 56), x + width - 42
+        begin, end = x + 84, x + width - 42
         write(x, 94, f"Q {name}", 14, _INK)
         write(x + width, 94, "-" if value is None else f"{value:.2f}", 14, _INK, "rs")
         pen.rounded_rectangle(at(begin, 84, end, 95), 5 * _SCALE, fill=_GIVEN_FILL)

@@ -73,6 +73,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             raise
         print("error: out of memory; lower num_envs (or batch-size), core.hidden_size or max_steps", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -77,10 +77,10 @@ class TrainConfig:
         train_limit: Train on this many puzzles, picked at random by a fixed seed; 0 takes all.
         test_limit: At most this many test puzzles; 0 takes all.
         augment: Draw a random symmetry of every puzzle (digits, bands, rows, stacks, columns, transpose).
-        clues: Fewest and most givens of the training puzzles: more of the answer is shown at random until a
-            puzzle has that many. 0 0 shows them as they are.
+        clues: Fewest and most givens of the training puzzles, as [30,40]: more of the answer is shown at random until a
+            puzzle has that many. [0,0] shows them as they are.
         curriculum: Share of the cells given when training begins, fewest and most: it starts on easier puzzles,
-            with more of the answer shown, and moves to the puzzles as they are (or to clues). 0 0: off.
+            with more of the answer shown, and moves to the puzzles as they are (or to clues). [0,0]: off.
         curriculum_ramp: Share of the run over which it gets there.
         out: Folder in which the run's own folder is made.
         name: Name of the run's folder; empty makes one from the objective, the seed and the time.
@@ -109,7 +109,7 @@ class TrainConfig:
         eval_every: Updates between two evaluations during training; 0 is off.
         eval_puzzles: Test puzzles in an evaluation during training.
         checkpoint_every: Updates between two checkpoints; 0 saves at the end only.
-        report_steps: Segments in the report's table; 0 stands for max_steps.
+        report_steps: Segments in the report's table, where that is more than max_steps.
         optim: The optimiser.
         core: The core.
     """
@@ -158,6 +158,8 @@ class TrainConfig:
         at_least_1 = ("num_envs", "max_steps", "log_every", "eval_puzzles")
         ranges = {name: (0, None) for name in at_least_0} | {name: (1, None) for name in at_least_1}
         _check("", self, curriculum_ramp=(0, 1), **ranges)
+        if "/" in self.name or "\\" in self.name or self.name in (".", ".."):
+            raise UserError(f"name must be a folder's plain name, not {self.name!r} (out says where it is made)")
         if self.total_steps == 0:
             object.__setattr__(self, "total_steps", 1200 if self.objective == "q" else 6600)
         for name, most in (("clues", self.size**2), ("curriculum", 1)):

@@ -229,12 +229,13 @@ def _q_by_step(run: Trajectories) -> list[dict]:
 
 def table(result: dict, name: str, agent: str = "learned") -> str:
     """The report as text, one line a row; `agent` is what the rows of its halting are called."""
-    lines = [f"{result['puzzles']} unseen puzzles ({name})"]
+    lines = [f"{result['puzzles']} test puzzles ({name})"]
     lines.append(f"{'halt':<26}{'exact':>8}{'token':>8}{'steps':>8}{'puzzles/s':>11}")
     for row in result["learned_halt"]:
         label = f"{agent}, at most {row['max_steps']}"
         lines.append(_line(label, row, row["mean_steps"]))
     lines += [_line(f"fixed at {row['steps']}", row, row["steps"]) for row in result["fixed_steps"]]
+    lines.append("puzzles/s: timed in the last row of the agent, elsewhere segments a second divided by steps")
     return "\n".join(lines)
 
 

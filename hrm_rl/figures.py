@@ -32,7 +32,7 @@ def _over_training(axes, metrics: list[dict]) -> None:
     axes.plot(*_series(metrics, "halt/exact_accuracy"), color=RIGHT, label="exact accuracy at the halt, training")
     evaluated = _series(metrics, "eval/exact_accuracy")
     if evaluated[0]:
-        axes.plot(*evaluated, "o", color=NEUTRAL, label="unseen puzzles, learned halt")
+        axes.plot(*evaluated, "o", color=NEUTRAL, label="test puzzles, learned halt")
     axes.set(xlabel="updates", ylabel="exact accuracy", ylim=(-0.02, 1.02), title="training")
     steps = axes.twinx()
     steps.plot(*_series(metrics, "halt/mean_steps"), color="#e67e22", alpha=0.8, label="mean steps")

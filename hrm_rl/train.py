@@ -45,8 +45,8 @@ def build_parser():
     parser.add_argument("--agent_args", type=dict, default={},
                         help='Arguments of the agent, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
     parser.add_argument("--resume", type=str, default="",
-                        help="Run folder to go on with; its own configuration counts, only total_steps and "
-                        "time_budget may be given anew")  # fmt: skip
+                        help="Run folder to go on with; its own configuration counts, but total_steps, "
+                        "time_budget, device and compile may be given anew")  # fmt: skip
     return parser
 
 
@@ -79,10 +79,15 @@ class _Session:
         from hrm_rl.metrics import MetricsWriter
         from hrm_rl.trainer import Trainer, run_folder
 
+        if config.name and (Path(config.out) / config.name).exists():
+            folder = Path(config.out) / config.name
+            raise UserError(f"{folder}: the run's folder exists; choose another name or resume it")
+        print("loading puzzles and preparing the core (where it is compiled, about ten seconds) ...", flush=True)
         trainer = Trainer(config, agent_class, agent_arguments)  # before the folder: bad input leaves nothing behind
         self.run = run_folder(trainer.config)
         self.lock = lock_run(self.run)
         content = trainer.config.to_values() | {
+            "name": "",  # so that --config of this file makes a new folder
             "agent": f"{agent_class.__module__}.{agent_class.__qualname__}", "agent_args": agent_arguments,
         }  # fmt: skip
         write_atomically(self.run / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
@@ -97,13 +102,14 @@ class _Session:
             raise UserError(f"{run}: no run to resume (it holds no config.yaml)")
         self.lock = lock_run(run)
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-        refused = given - {"resume", "total_steps", "time_budget", "debug", "env"}
+        refused = given - {"resume", "total_steps", "time_budget", "device", "compile", "debug"}
         if refused:
             name = sorted(refused)[0]
-            raise UserError(f"--{name}: a resumed run keeps its configuration (total_steps and time_budget may change)")
+            may = "total_steps, time_budget, device and compile may change"
+            raise UserError(f"--{name}: a resumed run keeps its configuration ({may})")
         stored = cli.parse(build_parser(), ["--config", str(run / "config.yaml")])
         config, agent_class, agent_arguments = read_options(stored)
-        changes = {n: getattr(options, n) for n in ("total_steps", "time_budget") if n in given}
+        changes = {n: getattr(options, n) for n in ("total_steps", "time_budget", "device", "compile") if n in given}
         config = replace(config, **changes)
         checkpoints = list_checkpoints(run)
         if not checkpoints:
@@ -113,7 +119,8 @@ class _Session:
         trainer.load_state(tensors, state)
         self.run = run
         if trainer.step >= config.total_steps:
-            raise UserError(f"{run}: has run its {config.total_steps} updates; ask for more by --total-steps")
+            done = f"{run}: is at update {trainer.step} of {config.total_steps}"
+            raise UserError(f"{done}; ask for more by --total-steps")
         print(f"resuming {run} at update {trainer.step}")
         return self._train(trainer, MetricsWriter(run, state["metrics_position"], trainer.step))
 
@@ -165,6 +172,8 @@ class _Session:
             name = signal.Signals(self.stop_signal).name
             print(f"\n{name}: saved at update {trainer.step}. Go on with:\n  {self._resume_command()}", flush=True)
             return 128 + self.stop_signal
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: from here on a signal just ends the process
+            signal.signal(number, signal.default_int_handler)
         self._report(trainer)
         return 0
 
@@ -230,8 +239,8 @@ class _Session:
         }  # fmt: skip
         write_atomically(self.run / "report.json", (json.dumps(result, indent=1) + "\n").encode())
         training_figure(self.run / "training.png", read_metrics(self.run), result, f"{self.run.name}: {puzzles.name}")
-        print("\n" + table(result, puzzles.name))
-        print(f"\n{trainer.step} updates, {minutes:.1f} minutes in all.")
+        print("\n" + table(result, puzzles.name, "learned" if trainer.agent.learns else type(trainer.agent).__name__))
+        print(f"\n{trainer.step} updates, {minutes:.1f} minutes.")
         print(f"report: {self.run}/report.json, figure: {self.run}/training.png")
 
 
@@ -243,7 +252,7 @@ def _describe(trainer) -> str:
     core = getattr(trainer.core, "config", None)
     return (
         f"{c.env} {c.size}x{c.size}, {len(trainer.puzzles)} training puzzles ({trainer.puzzles.name}), "
-        f"{len(trainer.test_puzzles)} unseen\n"
+        f"{len(trainer.test_puzzles)} test puzzles ({trainer.test_puzzles.name})\n"
         f"core of {size / 1e6:.2f} M parameters in {core.dtype if core else 'its own dtype'}, objective {c.objective}, "
         f"bootstrap {c.bootstrap}, {c.num_envs} slots, at most {c.max_steps} steps\n"
         f"{describe(trainer.device)}{', compiled (the first update takes a while)' if trainer.compiled else ''}"
@@ -270,7 +279,7 @@ class _Progress:
         for label, tag, style in (
             ("exact", "halt/exact_accuracy", ".1%"), ("steps", "halt/mean_steps", ".2f"),
             ("|q|", "q/mean_abs_logit", ".1f"), ("seg/s", "time/samples_per_second", ".0f"),
-            ("unseen", "eval/exact_accuracy", ".1%"),
+            ("test", "eval/exact_accuracy", ".1%"),
         ):  # fmt: skip
             if tag in values:
                 parts.append(f"{label} {values[tag]:{style}}")

@@ -16,7 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -28,8 +28,8 @@ from agents import HaltingAgent, Transition, View, make_agent
 from agents.q_targets import QLosses
 from envs import HALT, Slots
 from hrm_rl import evaluation, measure, rng
-from hrm_rl.config import TrainConfig
-from hrm_rl.core import HRMCore
+from hrm_rl.config import TrainConfig, small_core
+from hrm_rl.core import CoreConfig, HRMCore
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.devices import can_compile, pick_device
 from hrm_rl.errors import UserError, nearest
@@ -53,6 +53,7 @@ def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
         if differs:
             raise UserError(f"init_core: {differs[0]} is {getattr(loaded.config, differs[0])} there, the task needs "
                             f"{getattr(config.core, differs[0])}")  # fmt: skip
+        _refuse_other_sizes(config, loaded.config)
         core = HRMCore(replace(loaded.config, dtype=config.core.dtype)).to(device)
         core.load_state_dict(loaded.state_dict())
         return core
@@ -60,9 +61,24 @@ def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
     return HRMCore(config.core, generator).to(device)
 
 
+def _refuse_other_sizes(config: TrainConfig, loaded: CoreConfig) -> None:
+    """UserError if a setting of the core was given that the loaded core does not have."""
+    usual = small_core()
+    for name in (f.name for f in fields(CoreConfig) if f.name not in ("seq_len", "vocab_size", "dtype")):
+        given = getattr(config.core, name)
+        if given != getattr(usual, name) and given != getattr(loaded, name):
+            raise UserError(f"core.{name} is {given}, but the core that is loaded has {getattr(loaded, name)}")
+
+
+def user_puzzles(source: str | None, size: int, split: str, limit: int | None = None) -> PuzzleSet:
+    """The shipped set, or a user's: a file is checked for uniqueness as well (the Hub's millions are not)."""
+    unique = source is not None and not source.startswith("hf:")
+    return load_puzzles(source or f"sudoku-{size}", size, split, limit, check_unique=unique)
+
+
 def training_puzzles(config: TrainConfig) -> PuzzleSet:
     """The puzzles of `config.data`, or `train_limit` of them (always the same ones, whatever the seed)."""
-    puzzles = load_puzzles(config.data or f"sudoku-{config.size}", config.size, "train")
+    puzzles = user_puzzles(config.data, config.size, "train")
     if not config.train_limit or config.train_limit >= len(puzzles):
         return puzzles
     order = torch.randperm(len(puzzles), generator=torch.Generator().manual_seed(0))
@@ -84,10 +100,12 @@ class Trainer:
         self.device = pick_device(config.device)
         torch.manual_seed(config.seed)  # for agents that draw their weights from torch's own generator
         self.puzzles = puzzles or training_puzzles(config)
-        self.test_puzzles = test_puzzles or load_puzzles(
-            config.test_data or f"sudoku-{config.size}", config.size, "test", limit=config.test_limit or None
+        self.test_puzzles = test_puzzles or user_puzzles(
+            config.test_data, config.size, "test", config.test_limit or None
         )
         self.core = core if core is not None else make_core(config, self.device)
+        if isinstance(self.core, HRMCore):
+            self.config = config = replace(config, core=self.core.config)  # what is written down is what runs
         self.agent = make_agent(agent_class, self.core, config.max_steps, config.bootstrap, agent_arguments)
         self.agent.to(self.device)
         self.learns_core = config.objective != "q"
@@ -126,7 +144,7 @@ class Trainer:
                 ponder_cost=c.ponder_cost, augment=c.augment, device=str(self.device), tensors="torch",
                 observation="q_token",  # the loop reads `envs.slots`
             ).unwrapped  # fmt: skip
-        except (gym.error.Error, ModuleNotFoundError) as error:
+        except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
             raise UserError(f"env {c.env!r} cannot be made: {error}{nearest(c.env, gym.registry)}") from error
 
     def _compile(self) -> bool:
@@ -212,6 +230,10 @@ class Trainer:
         view = View(z_H, slots.logits.detach(), slots.steps, slots.valid, rng.fold(slots.key, slots.episode))
         q_logits = self.agent.scores(view.z_H)
         actions = self.agent.act(view, None if q_logits is None else q_logits.detach(), explore=True)
+        if not isinstance(actions, Tensor) or actions.shape != slots.steps.shape:
+            got = tuple(getattr(actions, "shape", ())) or type(actions).__name__
+            where = f"agent {type(self.agent).__name__}, update {self.step + 1}"
+            raise UserError(f"{where}: act() must return a tensor ({len(slots.steps)},), not {got}")
         return view, q_logits, actions
 
     def _losses(self, slots: Slots, transition: Transition) -> tuple[dict[str, Tensor], QLosses | None]:
@@ -410,4 +432,6 @@ def run_folder(config: TrainConfig) -> Path:
         except FileExistsError as error:
             if config.name:
                 raise UserError(f"{path}: the run's folder exists; choose another name or resume it") from error
+        except OSError as error:
+            raise UserError(f"{path}: the run's folder cannot be made ({error.strerror})") from error
     raise UserError(f"{base / name}: no free name for a run's folder")

@@ -180,7 +180,7 @@ def test_report_by_hand():
     assert first["right"]["count"] == 1 and first["wrong"]["count"] == 2
     assert first["right"]["q_halt"] == pytest.approx(torch.tensor(2.0).sigmoid().item())
     text = table(result, "by hand")
-    assert "learned, at most 3" in text and "fixed at 3" in text and len(text.splitlines()) == 2 + 3 + 3
+    assert "learned, at most 3" in text and "fixed at 3" in text and len(text.splitlines()) == 2 + 3 + 3 + 1
 
 
 def test_report_of_real_halting():

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hrm_testing import small_puzzles
 from safetensors.torch import load_file
 
 from hrm_rl import checkpoint, train
 from hrm_rl.checkpoint import list_checkpoints, lock_run
 from hrm_rl.errors import UserError
 from hrm_rl.metrics import read_metrics
+from hrm_rl.tasks import load_puzzles
 from hrm_rl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,8 @@ def _signals():
 def recipe(tmp_path):
     """A configuration file and the flags that name the data: train 16 puzzles, test 10."""
     names = {}
-    for name, puzzles in (("train", small_puzzles(16)), ("test", small_puzzles(10, seed=1))):
+    for name, count in (("train", 16), ("test", 10)):
+        puzzles = load_puzzles("sudoku-4", split=name, limit=count)
         lines = ["source,question,answer,rating"]
         for question, answer in zip(puzzles.questions.tolist(), puzzles.answers.tolist(), strict=True):
             digits = ["".join("." if t == 1 else str(t - 1) for t in row) for row in (question, answer)]
@@ -101,8 +102,8 @@ def test_run_resume_and_report(tmp_path, recipe, capsys, objective, bootstrap):
     assert (straight / "training.png").stat().st_size > 1000
     config = yaml.safe_load((straight / "config.yaml").read_text())
     assert config["objective"] == objective and config["core"]["hidden_size"] == 16 and config["total_steps"] == 12
-    said = capsys.readouterr().out
-    assert "10 unseen puzzles" in said and "learned, at most 3" in said and "resuming" in said
+    said, label = capsys.readouterr().out, "FixedAgent" if objective == "supervised" else "learned"
+    assert "10 test puzzles" in said and f"{label}, at most 3" in said and "resuming" in said
     evaluated = [line for line in lines_of(straight) if "eval/exact_accuracy" in line]
     assert [line["step"] for line in evaluated] == [6, 12]
 

@@ -107,6 +107,10 @@ class CoreConfig:
         if "grid" in (self.positions, self.token_mixing) and math.isqrt(self.seq_len) ** 2 != self.seq_len:
             raise ValueError(f"a grid needs a square number of tokens, not seq_len={self.seq_len}")
 
+        side = math.isqrt(self.seq_len)
+        if tuple(self.box) != (0, 0) and (min(self.box) < 1 or self.box[0] * self.box[1] != side):
+            raise ValueError(f"core.box must be rows and columns with a product of {side}, not {self.box}")
+
     @property
     def prefix_len(self) -> int:
         """Positions in front of the tokens (P)."""
