@@ -1,0 +1,88 @@
+"""What a new user got wrong without being told; each is one line now."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hrm_testing import small_config, small_trainer
+
+from agents import HaltingAgent, make_agent
+from hrm_rl import cli
+from hrm_rl.config import TrainConfig
+from hrm_rl.core import CoreConfig, HRMCore
+from hrm_rl.errors import UserError
+from hrm_rl.trainer import Trainer, make_core, user_puzzles
+
+
+class WrongShape(HaltingAgent):
+    def act(self, view, q_logits=None, explore=False):
+        return torch.zeros(3, dtype=torch.int64)
+
+
+class Typed(HaltingAgent):
+    def __init__(self, max_steps: int, tau: float = 0.5):
+        super().__init__()
+        self.tau = tau * 1.0 + max_steps
+
+
+def test_a_setting_the_loaded_core_does_not_have():
+    make_core(TrainConfig.from_values({"objective": "q", "core": {"dtype": "float32"}}), torch.device("cpu"))
+    config = TrainConfig.from_values({"objective": "q", "core": {"hidden_size": 60, "dtype": "float32"}})
+    with pytest.raises(UserError, match="core.hidden_size is 60, but the core that is loaded has 96"):
+        make_core(config, torch.device("cpu"))
+
+
+def test_the_configuration_written_down_is_the_core_that_runs():
+    core = HRMCore(small_config().core, torch.Generator().manual_seed(0))
+    trainer = small_trainer(core=core, objective="q", optim={"lr": 0.1})
+    assert trainer.config.core is core.config
+
+
+@pytest.mark.parametrize("box", [(2, 3), (9, 9), (-3, -3)])
+def test_a_box_that_does_not_fit(box):
+    CoreConfig(box=(3, 3))
+    with pytest.raises(ValueError, match="core.box must be"):
+        CoreConfig(box=box)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", ".."])
+def test_a_name_that_leads_elsewhere(name):
+    with pytest.raises(UserError, match="name must be a folder's plain name"):
+        small_config(name=name)
+
+
+def test_an_agent_that_returns_another_shape():
+    trainer = small_trainer(WrongShape, objective="supervised")
+    with pytest.raises(UserError, match=r"agent WrongShape, update 1: act\(\) must return a tensor \(4,\), not \(3,\)"):
+        trainer.update()
+
+
+def test_an_agent_without_act_and_an_argument_of_the_wrong_type():
+    with pytest.raises(UserError, match="agent HaltingAgent defines no act"):
+        small_trainer(HaltingAgent, objective="supervised").update()
+    with pytest.raises(UserError, match="agent_args of Typed"):
+        make_agent(Typed, torch.nn.Identity(), 4, "none", {"tau": "a"})
+
+
+def test_an_environment_that_is_no_halting_problem():
+    with pytest.raises(UserError, match="env 'CartPole-v1' cannot be made"):
+        Trainer(small_config(env="CartPole-v1"), HaltingAgent, puzzles=user_puzzles(None, 4, "train", 8))
+
+
+def test_a_puzzle_with_two_solutions_is_refused_in_a_users_file(tmp_path):
+    path = tmp_path / "two.csv"
+    path.write_text(f"source,question,answer,rating\nx,{'.' * 16},1234341221434321,0\n")
+    with pytest.raises(UserError, match="two.csv:2"):
+        user_puzzles(str(path), 4, "train")
+
+
+def test_control_c_is_one_word(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(interrupted)
+    assert stop.value.code == 130 and capsys.readouterr().err.strip() == "stopped"
