@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     from hrm_rl.core.hrm import DTYPES
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
-    from hrm_rl.tasks import load_puzzles
+    from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
     if options.dtype not in ("auto", *DTYPES):
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     if budgets[0] < 1:
         raise UserError(f"--max-steps must be at least 1, not {budgets[0]}")
     side = round(core.config.seq_len**0.5)
-    puzzles = load_puzzles(options.data or f"sudoku-{side}", side, "test", limit=options.limit or None)
+    puzzles = user_puzzles(options.data, side, "test", options.limit or None)
 
     agent = _make_agent(options, loaded, core, budgets[-1])
     agent.to(device)

@@ -29,7 +29,7 @@ from agents.q_targets import QLosses
 from envs import HALT, Slots
 from hrm_rl import evaluation, measure, rng
 from hrm_rl.config import TrainConfig, small_core
-from hrm_rl.core import CoreConfig, HRMCore
+from hrm_rl.core import CoreConfig, CoreOutput, HRMCore, State
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.devices import can_compile, pick_device
 from hrm_rl.errors import UserError, nearest
@@ -86,7 +86,7 @@ def training_puzzles(config: TrainConfig) -> PuzzleSet:
 
 
 class Trainer:
-    """Trains a core and a halting agent as `config` says; `run` drives it, tests call `update` themselves.
+    """Trains a core and a halting agent as `config` says; `hrm_rl.train` drives it, tests call `update` themselves.
 
     Attributes: core, agent, envs (torch form), optimizers, step (updates done), sums (running metrics),
     ema (name -> averaged parameter; empty where off).
@@ -159,7 +159,7 @@ class Trainer:
         self.engine.run_tail = torch.compile(self.core.tail, dynamic=False)
         return True
 
-    def segment(self, tokens: Tensor, state) -> object:
+    def segment(self, tokens: Tensor, state: State) -> CoreOutput:
         """One whole segment by the functions the environment uses (compiled where it compiles)."""
         return self.engine.run_tail(tokens, self.engine.run_prefix(tokens, state))
 
@@ -268,8 +268,8 @@ class Trainer:
         if mode == "shared_prefix":
             return transition._replace(next_z_H=self.envs.lookahead(transition.actions).z_H)
         with torch.no_grad():
-            state = type(self.core.initial_state(1))(slots.z_H.detach(), slots.z_L.detach())
-            return transition._replace(next_z_H=self.segment(slots.tokens, state).state.z_H)
+            output = self.segment(slots.tokens, State(slots.z_H, slots.z_L).detach())
+            return transition._replace(next_z_H=output.state.z_H)
 
     @torch.no_grad()
     def _average(self) -> None:
