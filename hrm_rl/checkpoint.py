@@ -5,7 +5,7 @@
         train.safetensors    everything else that is a tensor: raw weights, optimiser, slots, metrics
         state.json           everything else that is not, with the SHA-256 of both files and of itself
 
-The newest two are kept. A reader that finds a damaged one says so by name.
+The newest two are kept. A reader that finds a damaged one says so by name, and which one before it is whole.
 """
 
 from __future__ import annotations
@@ -29,12 +29,20 @@ KEEP = 2
 
 
 def save_checkpoint(run: Path, step: int, model: bytes, tensors: dict[str, Tensor], state: dict) -> Path:
-    """Write checkpoints/step-STEP of `run` atomically and return its path. OSError passes through."""
+    """Write checkpoints/step-STEP of `run` atomically and return its path. OSError passes through.
+
+    Only the run's one owner may call it (`lock_run`). A whole checkpoint of this step is kept as it is.
+    """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
+    for left in folder.glob(".writing-*"):  # by a process that was killed here
+        shutil.rmtree(left, ignore_errors=True)
+    if final.exists():
+        if is_whole(final):  # a run that ends where it was last saved
+            return final
+        shutil.rmtree(final)
     staging = folder / f".writing-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         train = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
@@ -44,8 +52,6 @@ def save_checkpoint(run: Path, step: int, model: bytes, tensors: dict[str, Tenso
         _write(staging / TRAIN_FILE, train)
         _write(staging / STATE_FILE, json.dumps(state | {"sha256": digests}, indent=1).encode())
         _sync_folder(staging)
-        if final.exists():  # the same step saved twice (a resumed run that ended at once)
-            shutil.rmtree(final)
         os.rename(staging, final)
         _sync_folder(folder)
     except OSError:
@@ -77,6 +83,50 @@ def lock_run(run: Path) -> IO[str]:
 def list_checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / STATE_FILE).is_file())
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint loads."""
+    try:
+        load_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def run_of(source: Path) -> tuple[Path, Path | None]:
+    """(run, None) for a run's folder, (run, checkpoint) for one of its checkpoints. UserError for anything else."""
+    path = source.absolute()
+    run, checkpoint = (path.parents[1], path) if path.parent.name == "checkpoints" else (source, None)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{source}: no run to resume (it holds no config.yaml)")
+    return run, checkpoint
+
+
+def load_newest(run: Path) -> tuple[Path, dict[str, Tensor], dict]:
+    """(path, tensors, state) of a run's newest checkpoint.
+
+    Raises UserError where there is none, and where it is damaged: that names the one before that is whole.
+    """
+    found = list_checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: holds no checkpoint to resume from; start anew with --config {run}/config.yaml")
+    try:
+        return found[-1], *load_checkpoint(found[-1])
+    except UserError as error:
+        whole = next((path for path in reversed(found[:-1]) if is_whole(path)), None)
+        advice = f"go on from the one before: --resume {whole}" if whole else "no other checkpoint of the run is whole"
+        raise UserError(f"{error}; {advice}") from error
+
+
+def set_aside_after(checkpoint: Path) -> list[Path]:
+    """Rename the later checkpoints of its run to aside-step-N, so that the run goes on from this one."""
+    later = [path for path in checkpoint.parent.glob("step-*") if path.name > checkpoint.name]
+    aside = []
+    for path in sorted(later):
+        free = (path.with_name(f"aside-{path.name}" + (f"-{n}" if n else "")) for n in range(10_000))
+        aside.append(path.rename(next(name for name in free if not name.exists())))
+    return aside
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +42,29 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16 ", "i8mm bf16"))
+
+
+@contextlib.contextmanager
+def repeatable(mode: str, device: str) -> Iterator[None]:
+    """Only kernels that give the same numbers every time, for a while (docs/REPRODUCIBILITY.md).
+
+    mode: on, off, or auto, which is on for a CPU (where it costs nothing that can be measured) and off for a GPU.
+    """
+    on_gpu = pick_device(device).type == "cuda"
+    if mode == "off" or (mode == "auto" and on_gpu):
+        yield
+        return
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # a kernel that has no such form is named in a warning
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def can_compile(device: torch.device) -> bool:

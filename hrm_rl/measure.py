@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from agents import Transition
 from agents.q_targets import QLosses
 from envs import Slots
+from hrm_rl.errors import UserError
 from hrm_rl.metrics import Sums
+
+
+class NonFiniteError(UserError):
+    """A loss, a gradient or a weight is not a number; training cannot go on."""
+
+
+class FiniteWatch:
+    """Notes on the device at which update a term first was not finite; the host looks when waiting costs nothing."""
+
+    def __init__(self, device: torch.device):
+        self._updates = torch.zeros((), dtype=torch.int64, device=device)
+        self._names: tuple[str, ...] = ()
+        self._first: Tensor | None = None  # the first bad update of each, counted from 1; 0 is none
+
+    def see(self, terms: dict[str, Tensor]) -> None:
+        """Look at the scalars of one update, causes before effects; never waits for the device."""
+        self._updates += 1
+        bad = ~torch.stack([term.detach().float() for term in terms.values()]).isfinite()
+        if tuple(terms) != self._names:  # the first update, or the first with a Q-loss
+            held = dict(zip(self._names, self._first, strict=True)) if self._names else {}
+            self._first = torch.stack([held.get(name, torch.zeros_like(self._updates)) for name in terms])
+            self._names = tuple(terms)
+        self._first = torch.where(bad & (self._first == 0), self._updates, self._first)
+
+    def check(self, step: int) -> None:
+        """Raise NonFiniteError for the first bad term of the first bad update; `step` is the update seen last."""
+        if self._first is None or not bool((self._first > 0).any()):
+            return
+        first = self._first.tolist()
+        earliest = min(update for update in first if update)
+        term = self._names[first.index(earliest)]
+        raise NonFiniteError(f"update {step - int(self._updates) + earliest}: {term} is not finite")
 
 
 @torch.no_grad()
@@ -33,8 +69,6 @@ def record(sums: Sums, slots: Slots, transition: Transition, losses: dict[str, T
         agrees = (transition.q_logits[:, 0] >= 0) == slots.is_correct
         add("q_agrees", (agrees & ended).sum())
     if q is not None:
-        add("loss/q_halt", q.halt.sum() / B)
-        add("loss/q_continue", q.cont.sum() / B)
         add("td_halt", q.td_error_halt.abs().sum() / B)
         add("td_continue", q.td_error_continue.abs().sum())
         add("td_continue_count", q.has_continue.sum())
@@ -61,13 +95,26 @@ def averages(taken: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def gradient_norms(trained: dict[str, nn.Parameter]) -> dict[str, float]:
-    """L2 norm of the gradient of each part of the model (waits for the device)."""
+def gradient_norms(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """L2 norm of the gradient of each part of the model, scalars on the device."""
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in trained.items():
         if parameter.grad is not None:
-            parts.setdefault(_part(name), []).append(parameter.grad.norm())
-    return {f"grad/{part}": torch.linalg.vector_norm(torch.stack(norms)).item() for part, norms in parts.items()}
+            parts.setdefault(_part(name), []).append(parameter.grad)
+    return {
+        f"grad/{part}": torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        for part, gradients in parts.items()
+    }
+
+
+def memory_and_files() -> dict[str, float]:
+    """Resident memory in MB and open files of this process; empty where the system has no /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        files = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return {}
+    return {"system/memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6, "system/open_files": files}
 
 
 def residuals(slots: Slots, previous: tuple[Tensor, Tensor]) -> dict[str, float]:

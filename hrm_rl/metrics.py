@@ -44,6 +44,8 @@ TAGS: dict[str, str] = {
     "eval/exact_accuracy": "Exact accuracy at the learned halt on the first eval_puzzles test puzzles.",
     "eval/exact_accuracy_last": "Exact accuracy on them at max_steps.",
     "eval/mean_steps": "Mean steps to the learned halt on them.",
+    "system/memory_mb": "Resident memory of the process at the logged update, in MB.",
+    "system/open_files": "Open files of the process at the logged update.",
     "time/samples_per_second": "Segments (slots times updates) a second since the last line, evaluation left out.",
     "time/elapsed": "Seconds of training, over all sessions of the run.",
 }

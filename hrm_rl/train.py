@@ -5,10 +5,12 @@ A run is a folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, repor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,10 +29,11 @@ def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     parser = build_parser()
     options = cli.parse(parser, argv)
-    if options.resume:
-        return _Session(began).resume(Path(options.resume), options, argv)
-    config, agent_class, agent_arguments = read_options(options)
-    return _Session(began).start(config, agent_class, agent_arguments)
+    with contextlib.ExitStack() as stack:
+        session = _Session(began, stack)
+        if options.resume:
+            return session.resume(Path(options.resume), options, argv)
+        return session.start(*read_options(options))
 
 
 def build_parser():
@@ -45,8 +48,8 @@ def build_parser():
     parser.add_argument("--agent_args", type=dict, default={},
                         help='Arguments of the agent, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
     parser.add_argument("--resume", type=str, default="",
-                        help="Run folder to go on with; its own configuration counts, but total_steps, "
-                        "time_budget, device and compile may be given anew")  # fmt: skip
+                        help="Run folder to go on with (or one of its checkpoints); its own configuration counts, but "
+                        "total_steps, time_budget, device and compile may be given anew")  # fmt: skip
     return parser
 
 
@@ -68,14 +71,16 @@ def read_options(options) -> tuple:
 class _Session:
     """One process's share of a run: from the start or a checkpoint to the end, a signal or an error."""
 
-    def __init__(self, began: float):
+    def __init__(self, began: float, stack: contextlib.ExitStack):
         self.began = began
+        self.stack = stack  # what is given back at the end of the command
         self.stop_signal: int | None = None
 
     def start(self, config, agent_class, agent_arguments) -> int:
         import yaml
 
         from hrm_rl.checkpoint import lock_run, write_atomically
+        from hrm_rl.devices import repeatable
         from hrm_rl.metrics import MetricsWriter
         from hrm_rl.trainer import Trainer, run_folder
 
@@ -83,6 +88,7 @@ class _Session:
             folder = Path(config.out) / config.name
             raise UserError(f"{folder}: the run's folder exists; choose another name or resume it")
         print("loading puzzles and preparing the core (where it is compiled, about ten seconds) ...", flush=True)
+        self.stack.enter_context(repeatable(config.deterministic, config.device))
         trainer = Trainer(config, agent_class, agent_arguments)  # before the folder: bad input leaves nothing behind
         self.run = run_folder(trainer.config)
         self.lock = lock_run(self.run)
@@ -93,13 +99,13 @@ class _Session:
         write_atomically(self.run / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
         return self._train(trainer, MetricsWriter(self.run))
 
-    def resume(self, run: Path, options, argv: Sequence[str]) -> int:
-        from hrm_rl.checkpoint import list_checkpoints, load_checkpoint, lock_run
+    def resume(self, source: Path, options, argv: Sequence[str]) -> int:
+        from hrm_rl.checkpoint import load_checkpoint, load_newest, lock_run, run_of, set_aside_after
+        from hrm_rl.devices import repeatable
         from hrm_rl.metrics import MetricsWriter
         from hrm_rl.trainer import Trainer
 
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: no run to resume (it holds no config.yaml)")
+        run, chosen = run_of(source)
         self.lock = lock_run(run)
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
         refused = given - {"resume", "total_steps", "time_budget", "device", "compile", "debug"}
@@ -111,16 +117,16 @@ class _Session:
         config, agent_class, agent_arguments = read_options(stored)
         changes = {n: getattr(options, n) for n in ("total_steps", "time_budget", "device", "compile") if n in given}
         config = replace(config, **changes)
-        checkpoints = list_checkpoints(run)
-        if not checkpoints:
-            raise UserError(f"{run}: holds no checkpoint to resume from")
-        tensors, state = load_checkpoint(checkpoints[-1])
+        chosen, tensors, state = (chosen, *load_checkpoint(chosen)) if chosen else load_newest(run)
+        self.stack.enter_context(repeatable(config.deterministic, config.device))
         trainer = Trainer(config, agent_class, agent_arguments)
         trainer.load_state(tensors, state)
         self.run = run
         if trainer.step >= config.total_steps:
             done = f"{run}: is at update {trainer.step} of {config.total_steps}"
             raise UserError(f"{done}; ask for more by --total-steps")
+        for path in set_aside_after(chosen):
+            print(f"kept aside, since the run goes on from {chosen.name}: {path}")
         print(f"resuming {run} at update {trainer.step}")
         return self._train(trainer, MetricsWriter(run, state["metrics_position"], trainer.step))
 
@@ -131,6 +137,8 @@ class _Session:
 
         c = trainer.config
         self._catch_signals()
+        self.stack.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = _quiet_about_files
         progress = _Progress(c, trainer)
         print(f"run folder: {self.run}\n{_describe(trainer)}", flush=True)
         clock, line_clock = time.perf_counter(), time.perf_counter()
@@ -174,7 +182,11 @@ class _Session:
             return 128 + self.stop_signal
         for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: from here on a signal just ends the process
             signal.signal(number, signal.default_int_handler)
-        self._report(trainer)
+        try:
+            self._report(trainer)
+        except OSError as error:
+            saved = f"the trained model is safe in {self._last_checkpoint()}"
+            raise UserError(f"{self.run}: the report cannot be written ({error.strerror or error}); {saved}") from error
         return 0
 
     def _catch_signals(self) -> None:
@@ -257,6 +269,12 @@ def _describe(trainer) -> str:
         f"bootstrap {c.bootstrap}, {c.num_envs} slots, at most {c.max_steps} steps\n"
         f"{describe(trainer.device)}{', compiled (the first update takes a while)' if trainer.compiled else ''}"
     )
+
+
+def _quiet_about_files(arguments) -> None:
+    """TensorBoard's thread met a full disk: its writer tells us so at the next line, in one line."""
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
 
 
 class _Progress:

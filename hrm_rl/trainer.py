@@ -34,15 +34,12 @@ from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.devices import can_compile, pick_device
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.losses import supervised_loss
+from hrm_rl.measure import FiniteWatch, NonFiniteError
 from hrm_rl.metrics import Sums
 from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, state_tensors
 from hrm_rl.tasks import PuzzleSet, load_puzzles
 
 PROBE_PUZZLES = 32
-
-
-class NonFiniteError(UserError):
-    """A loss or gradient is not a number; training cannot go on."""
 
 
 def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
@@ -126,6 +123,7 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.sums = Sums(self.device)
+        self.watch = FiniteWatch(self.device)
         self.samples = 0  # segments since the last line
         self.stored: Transition | None = None  # the decision before, for bootstrap=next_observation
         self.probe_target: Tensor | None = None
@@ -198,6 +196,8 @@ class Trainer:
         """One optimiser step and one segment in every slot. `detailed` returns gradient norms and the like.
 
         `before_detailed` keeps the states of this segment, which a detailed update right after compares with its own.
+        Raises NonFiniteError before the optimiser moves (on a GPU, which it would have to wait for, at detailed
+        updates and before checkpoints, by `check_finite`).
         """
         slots = self.envs.slots
         view, q_logits, actions = self._decide(slots)
@@ -209,7 +209,11 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         losses["loss/total"].backward()
         measure.record(self.sums, slots, transition, losses, q)
-        details = self._details(slots, losses) if detailed else {}
+        norms = measure.gradient_norms(self.trained)
+        self.watch.see(losses | norms)
+        if detailed or self.device.type == "cpu":
+            self.watch.check(self.step + 1)
+        details = self._details(slots, norms) if detailed else {}
         if self.config.optim.grad_clip:
             nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.optim.grad_clip)
         self.previous = (slots.z_H.detach(), slots.z_L.detach()) if before_detailed else None
@@ -251,6 +255,8 @@ class Trainer:
                 total += [c.halt_weight * q.halt.sum() / B, c.continue_weight * q.cont.sum() / B]
             else:  # the first update of next_observation has no decision behind it
                 total.append(transition.q_logits.sum() * 0)
+        if q is not None:
+            losses |= {"loss/q_halt": q.halt.sum() / B, "loss/q_continue": q.cont.sum() / B}
         losses["loss/total"] = sum(total)
         return losses, q
 
@@ -280,12 +286,10 @@ class Trainer:
 
     # --- metrics ------------------------------------------------------------------------------------------
 
-    def _details(self, slots: Slots, losses: dict[str, Tensor]) -> dict[str, float]:
-        """What is measured at logged updates only (waits for the device). Stops the run if it is not finite."""
-        values = {"optim/lr": self.schedule() * self.config.optim.lr} | measure.gradient_norms(self.trained)
-        for name, value in ({tag: loss.item() for tag, loss in losses.items()} | values).items():
-            if not math.isfinite(value):
-                raise NonFiniteError(f"update {self.step + 1}: {name} is {value}")
+    def _details(self, slots: Slots, norms: dict[str, Tensor]) -> dict[str, float]:
+        """What is measured at logged updates only (waits for the device)."""
+        values = {"optim/lr": self.schedule() * self.config.optim.lr}
+        values |= {tag: norm.item() for tag, norm in norms.items()} | measure.memory_and_files()
         largest = max(p.detach().abs().max().item() for p in self.trained.values())
         values["param/max_times_decay"] = largest * self.config.optim.weight_decay
         if self.previous is not None:
@@ -295,7 +299,8 @@ class Trainer:
         return values
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError if a weight is not a number (before a checkpoint is written over a good one)."""
+        """Raise NonFiniteError if anything is not a number (before a checkpoint is written over a good one)."""
+        self.watch.check(self.step)
         for name, parameter in self.trained.items():
             if not bool(parameter.isfinite().all()):
                 raise NonFiniteError(f"update {self.step}: the weights of {name} are not finite")
@@ -375,12 +380,14 @@ class Trainer:
             tensors |= {"stored.z_H": s.view.z_H, "stored.steps": s.view.steps, "stored.valid": s.view.valid,
                         "stored.key": s.view.key, "stored.actions": s.actions, "stored.is_correct": s.is_correct,
                         "stored.ended": s.ended}  # fmt: skip
+        if self.device.type == "cuda":
+            tensors["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if self.probe_target is not None:
             tensors["probe_target"] = self.probe_target
         if self.previous is not None:
             tensors |= {"previous.z_H": self.previous[0], "previous.z_L": self.previous[1]}
         plain = {"elapsed": self.elapsed, "torch_rng": torch.get_rng_state().tolist(),
-                 "puzzles": self.puzzles.sha256,
+                 "puzzles": self.puzzles.sha256, "test_puzzles": self.test_puzzles.sha256,
                  "slots": {n: v for n, v in slots.items() if not isinstance(v, Tensor)}}  # fmt: skip
         return tensors, plain
 
@@ -389,8 +396,9 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t.to(self.device) for n, t in tensors.items() if n.startswith(prefix)}
 
-        if plain["puzzles"] != self.puzzles.sha256:
-            raise UserError(f"{self.puzzles.name}: the puzzles are not those the run was started with (other SHA-256)")
+        for held, puzzles in (("puzzles", self.puzzles), ("test_puzzles", self.test_puzzles)):
+            if plain[held] != puzzles.sha256:
+                raise UserError(f"{puzzles.name}: the puzzles are not those the run was started with (other SHA-256)")
         try:
             self.core.load_state_dict(part("core."))
             self.agent.load_state_dict(part("agent."))
@@ -403,6 +411,8 @@ class Trainer:
         self.sums.values = part("sums.")
         self.step, self.elapsed = plain["step"], plain["elapsed"]
         torch.set_rng_state(torch.tensor(plain["torch_rng"], dtype=torch.uint8))
+        if self.device.type == "cuda" and "cuda_rng" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda_rng"], self.device)
         stored = part("stored.")
         if stored:
             view = View(stored["z_H"], None, stored["steps"], stored["valid"], stored["key"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 
 import pytest
 import torch
@@ -111,6 +113,73 @@ def test_a_half_written_one_is_not_taken_for_a_checkpoint(tmp_path):
     half.mkdir()
     (half / MODEL_FILE).write_bytes(b"half")
     assert list_checkpoints(tmp_path) == [good]
+
+
+def killed_while_saving(run, step: int, point: int, half: bool) -> bool:
+    """Save in a forked process that dies by SIGKILL at its `point`-th call of the file system; True if it died.
+
+    half: die after the call instead of before it, and in the middle of the content where it writes.
+    """
+    pid = os.fork()
+    if pid:
+        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    calls = 0
+
+    def deadly(function):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls == point and not half:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                if calls == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    def write(path, content):
+        with open(path, "wb", buffering=0) as file:
+            file.write(content[: len(content) // 2])
+            deadly(file.write)(content[len(content) // 2 :])
+
+    for name in ("mkdir", "rename", "fsync"):
+        setattr(os, name, deadly(getattr(os, name)))
+    checkpoint._write = write
+    shutil.rmtree = deadly(shutil.rmtree)
+    small(run, step)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_kill_at_any_point_of_writing_a_checkpoint(tmp_path, half):
+    """What is listed always loads, nothing is lost, and the next one clears up."""
+    deaths = 0
+    for point in range(1, 50):
+        run = tmp_path / str(point)
+        for step in (1, 2, 3):
+            small(run, step)
+        if not killed_while_saving(run, 4, point, half):
+            break
+        deaths += 1
+        found = list_checkpoints(run)
+        assert found[-1].name in ("step-00000003", "step-00000004")
+        for path in found[-2:]:
+            load_checkpoint(path)
+        small(run, 5)
+        assert sorted(os.listdir(run / "checkpoints")) == [found[-1].name, "step-00000005"]
+    assert deaths >= 8  # mkdir, three files, two folders flushed, rename, the oldest removed
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced_and_a_whole_one_kept(tmp_path):
+    path = small(tmp_path, 7)
+    before = (path / checkpoint.STATE_FILE).stat().st_mtime_ns
+    assert small(tmp_path, 7) == path and (path / checkpoint.STATE_FILE).stat().st_mtime_ns == before
+    (path / MODEL_FILE).write_bytes(b"cut")
+    assert not checkpoint.is_whole(path)
+    small(tmp_path, 7)
+    assert checkpoint.is_whole(path)
 
 
 def test_write_atomically(tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -70,7 +72,7 @@ def recipe(tmp_path):
 
 
 def lines_of(run) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(run)]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "system/"))} for line in read_metrics(run)]
 
 
 def newest(run):
@@ -198,6 +200,125 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_loads(tmp_path, recipe,
     assert train.main(["--resume", str(tmp_path / "runs" / "full")]) == 0
 
 
+def child(words, **keywords) -> subprocess.Popen:
+    """The command in a process of its own, with as many threads as every other child here."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "hrm_rl.train", *words], cwd=ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords)  # fmt: skip
+
+
+def only_line(process: subprocess.Popen) -> str:
+    """The one line on stderr of a child that ends with exit code 2."""
+    output, said = process.communicate(timeout=120)
+    assert process.returncode == 2, output + said
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_files_that_may_not_grow(tmp_path, recipe):
+    """A real limit of the system on the size of files: the third checkpoint is larger than allowed."""
+    flags = [*recipe, "--total-steps", "18", "--name", "limited"]
+    assert train.main([*flags[:-4], "--total-steps", "6", "--name", "limited"]) == 0
+    run = tmp_path / "runs" / "limited"
+    most = max(file.stat().st_size for file in list_checkpoints(run)[-1].iterdir()) - 1
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    said = only_line(child(["--resume", str(run), "--total-steps", "18"], preexec_fn=limit))
+    assert "cannot be written (File too large); the last good checkpoint is" in said and "step-00000006" in said
+    assert sorted(os.listdir(run / "checkpoints")) == ["step-00000006"]
+    assert train.main(["--resume", str(run), "--total-steps", "18"]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize("checkpoint_every", [6, 0], ids=["checkpoint", "metrics"])
+def test_a_disk_that_is_full(tmp_path, recipe, checkpoint_every):
+    """A small tmpfs: one line, whoever meets its end (a checkpoint, metrics.jsonl, TensorBoard's thread)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        flags = ["--out", str(disk), "--name", "full", "--log-every", "1", "--eval-every", "0"]
+        process = child([*recipe, *flags, "--total-steps", "100000", "--checkpoint-every", str(checkpoint_every)])
+        metrics = disk / "full" / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 20):
+            time.sleep(0.02)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        said = only_line(process)
+        assert f"{disk / 'full'}: cannot be written (No space left on device); the last good checkpoint is" in said
+        saved = list_checkpoints(disk / "full")
+        assert (str(saved[-1]) if saved else "none yet") in said and bool(saved) == bool(checkpoint_every)
+        (disk / "filler").unlink()
+        if saved:
+            tensors, state = checkpoint.load_checkpoint(saved[-1])
+            more = ["--resume", str(disk / "full"), "--total-steps", str(state["step"] + 1)]
+            assert train.main(more) == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path, recipe):
+    flags = [*recipe, "--name", "hurt", "--checkpoint-every", "6", "--eval-every", "0"]
+    assert train.main([*flags, "--total-steps", "12"]) == 0
+    assert train.main([*flags, "--total-steps", "18", "--name", "straight"]) == 0
+    run = tmp_path / "runs" / "hurt"
+    before, last = list_checkpoints(run)
+    file = last / "train.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    more = ["--total-steps", "18"]
+    with pytest.raises(UserError, match=f"{file}: damaged .*; go on from the one before: --resume {before}$"):
+        train.main(["--resume", str(run), *more])
+    assert train.main(["--resume", str(before), *more]) == 0
+    assert (run / "checkpoints" / "aside-step-00000012").is_dir()  # set aside, not deleted
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000012", "step-00000018"]
+    straight = tmp_path / "runs" / "straight"
+    assert lines_of(run) == lines_of(straight) and same(newest(run)[1], newest(straight)[1])
+    for path in list_checkpoints(run):
+        (path / "train.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="no other checkpoint of the run is whole"):
+        train.main(["--resume", str(run), "--total-steps", "24"])
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_data_file_that_changed_is_noticed(tmp_path, recipe, name):
+    assert train.main([*recipe, "--total-steps", "6", "--name", "run"]) == 0
+    file = tmp_path / f"{name}.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]) + "\n")  # the same puzzles in another order
+    with pytest.raises(UserError, match=f"{name}.csv: the puzzles are not those the run was started with"):
+        train.main(["--resume", str(tmp_path / "runs" / "run"), "--total-steps", "9"])
+    file.write_text("\n".join(lines) + "\n")
+    assert train.main(["--resume", str(tmp_path / "runs" / "run"), "--total-steps", "9"]) == 0
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_is_named_at_its_update(tmp_path, recipe, monkeypatch, where):
+    """At an update that is not logged; the weights that are saved are those of before."""
+    own = Trainer._losses
+
+    def spoilt(self, slots, transition):
+        losses, q = own(self, slots, transition)
+        if self.step == 7 and where == "loss":
+            losses["loss/supervised"] = losses["loss/supervised"] * float("nan")
+        if self.step == 7 and where == "gradient":
+            losses["loss/total"].register_hook(lambda gradient: gradient * float("inf"))
+        return losses, q
+
+    monkeypatch.setattr(Trainer, "_losses", spoilt)
+    term = {"loss": "loss/supervised", "gradient": "grad/core_other"}[where]
+    last = tmp_path / "runs" / "nan" / "checkpoints" / "step-00000006"
+    with pytest.raises(UserError, match=f"update 8: {term} is not finite; the last good checkpoint is {last}"):
+        train.main([*recipe, "--total-steps", "12", "--name", "nan"])
+    monkeypatch.undo()
+    assert train.main(["--resume", str(last)]) == 0
+
+
 def test_an_unknown_environment_names_the_nearest(recipe):
     with pytest.raises(UserError, match="did you mean 'SudokuHalt-v0'"):
         train.main([*recipe, "--env", "SudokuHallt-v0"])
@@ -208,32 +329,26 @@ def test_kill_nine_at_twenty_random_moments(tmp_path, recipe):
     """A run that is killed again and again and resumed gives the metrics of one that never stopped."""
     flags = [*recipe, "--total-steps", "600", "--checkpoint-every", "5", "--eval-every", "0"]
     run, chance, kills = tmp_path / "runs" / "killed", random.Random(4), 0
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the same for all: sums depend on the number of threads
-
-    def start(words):
-        return subprocess.Popen([sys.executable, "-m", "hrm_rl.train", *words], cwd=ROOT, env=environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-
-    straight = start([*flags, "--name", "straight"])
-    assert straight.wait(timeout=300) == 0, straight.stdout.read()
+    straight = child([*flags, "--name", "straight"])
+    assert straight.wait(timeout=300) == 0, straight.stderr.read()
     while True:
         started = run / "config.yaml"
         words = ["--resume", str(run)] if list_checkpoints(run) else [*flags, "--name", "killed"]
         if words[0] != "--resume" and run.exists():
             shutil.rmtree(run)  # killed before its first checkpoint
-        child = start(words)
+        process = child(words)
         if kills < 20:
-            for line in child.stdout:  # wait until it trains, then a moment more
+            for line in process.stdout:  # wait until it trains, then a moment more
                 if line.startswith(("run folder", "resuming")):
                     break
             time.sleep(chance.random() * 0.4)
-            child.kill()
-            child.wait()
+            process.kill()
+            process.wait()
             kills += 1
             assert started.exists()
             continue
-        output = child.communicate(timeout=300)[0]
-        assert child.returncode == 0, output
+        output = process.communicate(timeout=300)
+        assert process.returncode == 0, output
         break
     assert lines_of(run) == lines_of(tmp_path / "runs" / "straight")
     ours, straight = newest(run), newest(tmp_path / "runs" / "straight")
