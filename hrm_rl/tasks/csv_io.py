@@ -100,6 +100,16 @@ def check_name(path: Path) -> None:
         raise UserError(f"{path}: the name must end in .csv or .csv.gz")
 
 
+def check_target(path: Path) -> None:
+    """UserError where no file can be put at `path`, before the work that fills it."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} does not exist or cannot be written")
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write through a temporary file beside `path`, then rename it into place."""
     temporary = None
