@@ -240,7 +240,7 @@ def _reworded(message: str, known: Mapping[str, Any], words: Sequence[str], plac
         return f"--{match[1]} needs a value"
     if match := re.match(r"unrecognized arguments: (.*)", message):
         return f"unexpected word {match[1].split()[0]!r}"
-    if match := re.search(r"[Kk]ey ['\"]?([\w.]+)['\"]? is required", message):
+    if match := re.match(r"the following arguments are required: ([\w.]+)", message):
         return f"--{match[1]} must be given"
     match = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]|argument (?:--)?([\w.]+):", message)
     name = match and (match[1] or match[2])
