@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.settings import in_words, is_optional, is_pair, shortened
-from hrm_rl.yaml_files import compose
+from hrm_rl.yaml_files import compose, construct
 
 #: Short spellings of nested flags.
 ALIASES = {"dtype": "core.dtype"}
@@ -184,7 +184,7 @@ def read_settings(path: str | Path, known: Mapping[str, Any]) -> dict[str, Setti
                 walk(value, f"{name}.", own)
             elif name in known and name != "config":
                 found.pop(name, None)
-                found[name] = Setting(_as_words(name, value, known[name], refuse), key.start_mark.line + 1)
+                found[name] = Setting(_as_words(path, name, value, known[name], refuse), key.start_mark.line + 1)
             else:
                 refuse(key, f"unknown setting {name!r}{nearest(name, known)}")
 
@@ -194,7 +194,7 @@ def read_settings(path: str | Path, known: Mapping[str, Any]) -> dict[str, Setti
     return found
 
 
-def _as_words(name: str, node, action, refuse: Callable) -> list[str]:
+def _as_words(path: str | Path, name: str, node, action, refuse: Callable) -> list[str]:
     """One value of a file as the words of a flag."""
     import yaml
 
@@ -204,7 +204,10 @@ def _as_words(name: str, node, action, refuse: Callable) -> list[str]:
     if hint is dict:
         if not isinstance(node, yaml.MappingNode):
             refuse(node, f"{wrong} {_shown(node)}")
-        return [f"{flag}={json.dumps(yaml.SafeLoader('').construct_document(node), default=str)}"]
+        values = construct(path, node)
+        if not all(isinstance(key, str) for key in values):
+            refuse(node, f"the names in {name} must be words")
+        return [f"{flag}={json.dumps(values, default=str, skipkeys=True)}"]
     if isinstance(node, yaml.ScalarNode):
         if node.tag == "tag:yaml.org,2002:null" and not is_optional(hint):
             refuse(node, f"{wrong} nothing")

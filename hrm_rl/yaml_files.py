@@ -16,10 +16,17 @@ _MOST_NODES = 10_000  # values, counted where they are used (an anchor can stand
 def load_plain(path: str | Path) -> Any:
     """The plain values of a YAML file; UserError names file and line."""
     root = compose(path)
+    return None if root is None else construct(path, root)
+
+
+def construct(path: str | Path, node: yaml.Node) -> Any:
+    """The plain values of one node of `compose`."""
     try:
-        return None if root is None else yaml.SafeLoader("").construct_document(root)
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
-        raise UserError(f"{path}: not plain values ({str(error).splitlines()[0]})") from None
+        return yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
+        place = f"{path}:{node.start_mark.line + 1}"
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{place}: not plain values ({reason})") from None
 
 
 def read_text(path: str | Path) -> str:
@@ -49,7 +56,8 @@ def compose(path: str | Path) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
-        raise UserError(f"{path}:{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}:{line}: not YAML ({reason})") from None
     except (RecursionError, ValueError):
         raise UserError(f"{path}: not YAML that holds settings (nested too deeply)") from None
     left, ahead = _MOST_NODES, [root] if root is not None else []
