@@ -126,11 +126,15 @@ def _expand(parser, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         name, equals, value = word.partition("=")
         if re.match(r"--?[A-Za-z]", word) and name not in parser._option_string_actions:
             raise UserError(f"unknown flag {name!r}{nearest(name, [f'--{option}' for option in known])}")
-        if name == "--config" and "config" in known and (equals or position < len(words)):
+        group = name.removeprefix("--")  # --optim FILE reads the settings of one group
+        if (name == "--config" and "config" in known) or any(option.startswith(f"{group}.") for option in known):
             if not equals:
+                if position == len(words):
+                    raise UserError(f"{name} needs a value")
                 value = words[position]
                 position += 1
-            for setting, (flag_words, line) in read_settings(value, known).items():
+            group = "" if name == "--config" else f"{group}."
+            for setting, (flag_words, line) in read_settings(value, known, group).items():
                 done = [(held, old) for held, old in done if held != setting]
                 done.append((setting, flag_words))
                 places[setting] = f"{value}:{line}"
@@ -153,8 +157,10 @@ class Setting(NamedTuple):
     line: int
 
 
-def read_settings(path: str | Path, known: Mapping[str, Any]) -> dict[str, Setting]:
-    """The settings of a YAML file by name. Nothing but plain values is read; UserError names file and line."""
+def read_settings(path: str | Path, known: Mapping[str, Any], group: str = "") -> dict[str, Setting]:
+    """The settings of a YAML file by name. Nothing but plain values is read; UserError names file and line.
+
+    group: "optim." for a file that holds the settings of that group alone."""
     import yaml
 
     root = compose(path)
@@ -190,7 +196,7 @@ def read_settings(path: str | Path, known: Mapping[str, Any]) -> dict[str, Setti
 
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: must hold settings, one 'name: value' a line")
-    walk(root, "", set())
+    walk(root, group, set())
     return found
 
 
@@ -253,8 +259,6 @@ def _reworded(message: str, known: Mapping[str, Any], words: Sequence[str], plac
         if name in places:
             return f"{places[name]}: {name} must be {wanted}, not {shortened(value)}"
         return f"--{name} must be {wanted}, not {shortened(value)}"
-    if name and any(option.startswith(f"{name}.") for option in known):
-        return f"--{name} takes no value of its own; its settings are flags, as --{name}.NAME"
     return message
 
 

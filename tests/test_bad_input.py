@@ -120,6 +120,8 @@ BAD_FLAGS = [
     ([*TRAIN, "--device", "cuda:99"], r"device 'cuda:99' is not there \((no GPU|only).*; use auto or cpu\)"),
     ([*EVAL, "--device", "gpu"], "device must be auto, cpu or cuda .*, not 'gpu'"),
     ([*TRAIN, "--config", "none.yaml"], "none.yaml: no such file"),
+    ([*TRAIN, "--optim", "small.yaml"], "small.yaml:1: unknown setting 'optim.size'"),
+    ([*TRAIN, "--optim", "3"], "3: no such file"),
     ([*TRAIN, "--data", "none.csv"], r"none.csv: cannot be read \(No such file"),
     ([*TRAIN, "--data", "sudoku-5"], "unknown data 'sudoku-5'; did you mean"),
     ([*TRAIN, "--init-core", "none.safetensors"], "none.safetensors: no such file or folder"),
@@ -264,7 +266,7 @@ def test_damaged_checkpoints(place, monkeypatch, capsys):
             (step / name).write_bytes(content)
             with pytest.raises(UserError, match=f"{step / name}: (damaged|not readable)"):
                 checkpoint.load_checkpoint(step)
-            if name != "train.safetensors":  # which evaluation does not read
+            if name == "model.safetensors":  # the one that evaluation reads
                 assert refusal(["evaluate", "runs/a"], monkeypatch, capsys).startswith(f"{step / name}: ")
         if name != "state.json":
             (step / name).write_bytes(kept)
@@ -295,9 +297,11 @@ def test_a_fault_in_the_product_is_not_hidden(monkeypatch):
 
 def test_debug_shows_the_traceback(place):
     """In a process of its own, as a user sees it."""
-    base = [sys.executable, "-m", "hrm_rl.evaluate", "none"]
-    plain, debug = (subprocess.run(w, capture_output=True, text=True, timeout=120) for w in (base, [*base, "--debug"]))
-    assert (plain.returncode, plain.stdout, plain.stderr) == (2, "", "error: none: no such file or folder\n")
+    plain = [sys.executable, "-m", "hrm_rl.generate", "--cuont", "3"]
+    debug = [sys.executable, "-m", "hrm_rl.evaluate", "none", "--debug"]
+    plain, debug = (subprocess.run(w, capture_output=True, text=True, timeout=120) for w in (plain, debug))
+    said = "error: unknown flag '--cuont'; did you mean '--count'?\n"
+    assert (plain.returncode, plain.stdout, plain.stderr) == (2, "", said)
     assert debug.returncode != 0 and "Traceback" in debug.stderr and "none: no such file or folder" in debug.stderr
 
 
@@ -309,6 +313,9 @@ def test_pairs_and_spellings(place):
     (place / "pair.yaml").write_text("clues: 30,40\ncompile: off\ncurriculum: [0.5, 0.6]\n")
     options = cli.parse(train.build_parser(), ["--config", "pair.yaml"])
     assert (tuple(options.clues), options.compile, tuple(options.curriculum)) == ((30, 40), "off", (0.5, 0.6))
+    (place / "fast.yaml").write_text("lr: 0.5\n")
+    options = cli.parse(train.build_parser(), ["--optim", "fast.yaml", "--optim.eps", "1e-3"])
+    assert (options.optim.lr, options.optim.eps, options.config) == (0.5, 1e-3, {"optim.lr": "fast.yaml:1"})
     assert cli.parse(train.build_parser(), ["--dtype", "float16"]).core.dtype == "float16"
     for spelt in ("--max-steps", "--max_steps"):
         assert cli.parse(evaluate.build_parser(), [spelt, "1", "2", "--dtype", "float32"]).max_steps == [1, 2]

@@ -286,7 +286,7 @@ def one_config(path, data: bytes) -> None:
         assert read_options(cli.parse(PARSER, ["--config", str(path)]))[0] == config
 
 
-@settings(max_examples=QUICK, **COMMON)
+@settings(max_examples=QUICK // 2, **COMMON)
 @example(b"")
 @example(b"\x00\x01\xff")
 @example(b"\x00")
@@ -326,7 +326,7 @@ PROCESS = {"max_steps": st.integers(1, 5), "ponder_cost": COSTS, "seed": st.inte
 KINDS = st.sampled_from(["z_H", "q_token", "mean"])
 
 
-@settings(max_examples=60, **COMMON)
+@settings(max_examples=40, **COMMON)
 @given(**PROCESS, kind=KINDS, actions=st.lists(ACTION, max_size=12))
 def test_single_environment(max_steps, ponder_cost, seed, kind, actions):
     """Ends exactly once an episode; rewards, steps and observations stay in their ranges; a seed repeats it all."""
@@ -356,7 +356,7 @@ def test_single_environment(max_steps, ponder_cost, seed, kind, actions):
             assert mine in env.observation_space and np.isfinite(mine).all()
 
 
-@settings(max_examples=60, **COMMON)
+@settings(max_examples=40, **COMMON)
 @given(**PROCESS, kind=KINDS, slots=st.integers(1, 5), data=st.data(), form=st.sampled_from(["numpy", "torch"]))
 def test_vector_agrees_with_single_environments(max_steps, ponder_cost, seed, kind, slots, data, form):
     """Transition by transition, in both forms."""

@@ -144,25 +144,19 @@ def _from_hub(source: str, split: str) -> Path:
         raise UserError(f"{source}: must read hf://owner/name")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import HFValidationError
-        from huggingface_hub.utils import logging as hub_logging
     except ImportError:
         raise UserError(f"{source}: needs huggingface_hub (pip install huggingface_hub)") from None
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx", "urllib3", "requests")]
-    levels, verbosity = [logger.level for logger in loggers], hub_logging.get_verbosity()
+    levels = [logger.level for logger in loggers]
     try:
-        hub_logging.set_verbosity_error()
         for logger in loggers:  # retries and warnings: the one line below says it all
             logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Path(hf_hub_download(repo_id=repo, filename=f"{split}.csv", repo_type="dataset", etag_timeout=10))
-    except HFValidationError:
-        raise UserError(f"{source}: not a name of the Hub; it must read hf://owner/name") from None
+            return Path(hf_hub_download(repo_id=repo, filename=f"{split}.csv", repo_type="dataset"))
     except Exception as error:  # the Hub client has no common base for wrong names, no access and no network
         raise UserError(f"{source}: cannot fetch {split}.csv ({_hub_reason(error)})") from None
     finally:
-        hub_logging.set_verbosity(verbosity)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -172,6 +166,7 @@ def _hub_reason(error: Exception) -> str:
     kinds = {
         "EntryNotFoundError": "the dataset holds no such file", "GatedRepoError": "it needs a login",
         "RepositoryNotFoundError": "no such dataset, or it needs a login",
+        "HFValidationError": "no name of the Hub",
     }  # fmt: skip
     chain, seen = error, []
     while chain is not None and len(seen) < 8:
@@ -180,4 +175,4 @@ def _hub_reason(error: Exception) -> str:
     for name in seen:
         if name in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "Connect" in name or "Timeout" in name:
             return "the Hub cannot be reached, and no copy lies in the cache"
-    return next((kinds[name] for name in seen if name in kinds), " ".join(str(error).split())[:120])
+    return next((kinds[name] for name in seen if name in kinds), " ".join(f"{seen[0]}: {error}".split())[:120])

@@ -124,7 +124,7 @@ def test_a_hostile_pickle_does_not_run(tmp_path):
     marker = tmp_path / "hacked"
     path = tmp_path / "step_1"
     torch.save({"inner.H_init": Hostile(marker)}, path)
-    assert "refused: it asks for posix.mkdir" in refused(path) or "runs no code" in refused(path)
+    assert "refused: it asks for posix.mkdir, and loading a checkpoint runs no code" in refused(path)
     for content in (pickle.dumps(Hostile(marker)), pickle.dumps({"a": Hostile(marker)}, protocol=0)):
         path.write_bytes(content)
         assert "not a readable safetensors file" in refused(path)
@@ -176,7 +176,7 @@ def test_archives_that_torch_save_has_not_written(tmp_path):
 def test_a_bit_flipped_archive_is_read_or_refused(tmp_path):
     path = released_file(tmp_path)
     whole = path.read_bytes()
-    for position in range(60, len(whole), len(whole) // 150):
+    for position in range(60, len(whole), len(whole) // 60):
         turned = bytearray(whole)
         turned[position] ^= 0x10
         path.write_bytes(turned)
