@@ -14,6 +14,7 @@ from hrm_rl.core import CoreConfig
 from hrm_rl.core.io import core_config
 from hrm_rl.devices import pick_device, pick_dtype
 from hrm_rl.errors import UserError
+from hrm_rl.settings import check_settings, shortened
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ class TrainConfig:
         )  # fmt: skip
         at_least_1 = ("num_envs", "max_steps", "log_every", "eval_puzzles")
         ranges = {name: (0, None) for name in at_least_0} | {name: (1, None) for name in at_least_1}
-        _check("", self, curriculum_ramp=(0, 1), **ranges)
+        _check("", self, curriculum_ramp=(0, 1), seed=(0, 2**62), **ranges)
+        if not self.name.isprintable() or len(self.name) > 200:
+            raise UserError(f"name must be a folder's plain name, not {shortened(self.name)}")
         if "/" in self.name or "\\" in self.name or self.name in (".", ".."):
             raise UserError(f"name must be a folder's plain name, not {self.name!r} (out says where it is made)")
         if self.total_steps == 0:
@@ -182,6 +185,10 @@ class TrainConfig:
         Raises UserError for a value out of range.
         """
         values = dict(values)
+        check_settings(cls, {name: value for name, value in values.items() if name not in ("optim", "core")})
+        for group in ("optim", "core"):
+            if not isinstance(values.get(group, {}), dict):
+                raise UserError(f"{group} must hold settings of its own, not {values[group]!r}")
         optim, core = dict(values.pop("optim", {})), asdict(small_core()) | dict(values.pop("core", {}))
         for name in ("clues", "curriculum"):
             if name in values:
@@ -192,6 +199,7 @@ class TrainConfig:
                 core[name] = needed
         device = pick_device(values.get("device", cls.device))
         core["dtype"] = pick_dtype(core.get("dtype", CoreConfig.dtype), device)
+        check_settings(OptimConfig, optim, "optim")
         try:
             return cls(**values, optim=OptimConfig(**optim), core=core_config(core))
         except ValueError as error:
@@ -205,10 +213,15 @@ class TrainConfig:
         return values
 
 
+_LARGEST = 2**31 - 1  # of a whole number, so that no count or index overflows
+
+
 def _check(group: str, config: object, **ranges: tuple[float | None, float | None]) -> None:
-    """Raise UserError for the first number outside its range (ends included)."""
+    """Raise UserError for the first number outside its range (ends included) or without end."""
     for name, (low, high) in ranges.items():
         value = getattr(config, name)
         if not ((low is None or value >= low) and (high is None or value <= high)):  # so that NaN is out as well
             said = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{group + '.' if group else ''}{name} must be {said}, not {value}")
+        if high is None and value > _LARGEST:
+            raise UserError(f"{group + '.' if group else ''}{name} must be at most {_LARGEST}, not {value}")

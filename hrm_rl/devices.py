@@ -20,9 +20,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device must be auto, cpu or cuda (or cuda:1), not {name!r}") from None
+    try:
+        if device.type == "meta":  # shapes without numbers
+            raise RuntimeError
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not there ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = f"only {torch.cuda.device_count()} GPU" if torch.cuda.is_available() else "no GPU was found"
+        reason = f"{said}; use auto or cpu" if device.type == "cuda" else "use auto, cpu or cuda"
+        raise UserError(f"device {name!r} is not there ({reason})") from error
     return device
 
 

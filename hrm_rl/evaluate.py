@@ -5,63 +5,65 @@ Each puzzle is counted exactly once, at its own halt. Budgets beyond the one tra
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from hrm_rl import cli
 from hrm_rl.errors import UserError
+from hrm_rl.tasks.csv_io import check_target
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m hrm_rl.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", nargs="?", default=None, metavar="RUN",
-                        help="run folder, checkpoint folder or model file; nothing: the core that ships")  # fmt: skip
-    parser.add_argument("--max-steps", type=int, nargs="+", default=None,
-                        help="budgets to report the learned halt for (default: the one trained with)")  # fmt: skip
-    parser.add_argument("--data", default=None, help=".csv, .csv.gz or hf://owner/name (default: the shipped test set)")
-    parser.add_argument("--limit", type=int, default=0, help="at most this many puzzles; 0 is all (default: 0)")
-    parser.add_argument("--agent", default="q", help="q (the learned halt), fixed, or an import path (default: q)")
-    parser.add_argument("--agent-args", default="{}", metavar="JSON", help='its arguments, e.g. \'{"k": 4}\'')
-    parser.add_argument("--batch-size", type=int, default=128, help="puzzles in work at once (default: 128)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--out", default=None, help="write the report as JSON to this file as well")
+def build_parser():
+    """The parser of this command; its --help explains every flag."""
+    parser = cli.make_parser("python -m hrm_rl.evaluate", __doc__.split("\n")[0], config=False)
+    parser.add_argument("run", nargs="?", type=str, default=None, metavar="RUN",
+                        help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM; "
+                        "nothing: the core that ships.")  # fmt: skip
+    parser.add_argument("--max_steps", type=int, nargs="+", default=None,
+                        help="Budgets to report the learned halt for; nothing: the one trained with.")  # fmt: skip
+    parser.add_argument("--data", type=str, default="",
+                        help=".csv, .csv.gz or hf://owner/name; nothing: the shipped test set.")  # fmt: skip
+    parser.add_argument("--limit", type=int, default=0, help="At most this many puzzles; 0 is all.")
+    parser.add_argument("--agent", type=str, default="q", help="q (the learned halt), fixed, or an import path.")
+    parser.add_argument("--agent_args", type=dict, default={}, help='Arguments of the agent, e.g. \'{"k": 4}\'.')
+    parser.add_argument("--batch_size", type=int, default=128, help="Puzzles in work at once.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda.")
+    parser.add_argument("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto",
+                        help="What to compute in; auto picks what the hardware multiplies natively.")  # fmt: skip
+    parser.add_argument("--out", type=str, default="", help="Write the report as JSON to this file as well.")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    options = build_parser().parse_args(argv)
+    options = cli.parse(build_parser(), argv)
+    out = Path(options.out).expanduser() if options.out else None
+    if out is not None:
+        check_target(out)
     import torch
 
     from hrm_rl import evaluation
     from hrm_rl.checkpoint import write_atomically
     from hrm_rl.core import HRMCore
-    from hrm_rl.core.hrm import DTYPES
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
-    if options.dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {options.dtype!r}")
-    if options.batch_size < 1 or options.limit < 0:
-        raise UserError("--batch-size must be at least 1 and --limit at least 0")
+    for name, low in (("batch_size", 1), ("limit", 0)):
+        if not low <= options[name] < 1 << 31:
+            raise UserError(f"--{name} must be between {low} and {(1 << 31) - 1}, not {options[name]}")
     loaded = load_core(options.run)
     core = _in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
-    if budgets[0] < 1:
-        raise UserError(f"--max-steps must be at least 1, not {budgets[0]}")
+    if budgets[0] < 1 or budgets[-1] > 10_000:
+        wrong = budgets[0] if budgets[0] < 1 else budgets[-1]
+        raise UserError(f"--max_steps must be between 1 and 10000, not {wrong}")
     side = round(core.config.seq_len**0.5)
-    puzzles = user_puzzles(options.data, side, "test", options.limit or None)
+    puzzles = user_puzzles(options.data or None, side, "test", options.limit or None)
 
     agent = _make_agent(options, loaded, core, budgets[-1])
     agent.to(device)
@@ -79,11 +81,11 @@ def main(argv: Sequence[str]) -> int:
     }  # fmt: skip
     label = "learned" if options.agent == "q" else options.agent.rpartition(".")[2]
     print(evaluation.table(result, puzzles.name, label))
-    if options.out:
+    if out is not None:
         try:
-            write_atomically(Path(options.out), (json.dumps(result, indent=1) + "\n").encode())
+            write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
         except OSError as error:
-            raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{out}: cannot be written ({error.strerror})") from error
     return 0
 
 
@@ -92,14 +94,8 @@ def _make_agent(options, loaded, core, max_steps: int):
     from agents import QHaltingAgent, find_agent, make_agent
 
     agent_class = find_agent(options.agent)
-    try:
-        arguments = json.loads(options.agent_args)
-        if not isinstance(arguments, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise UserError(f"--agent-args must be a JSON object, not {options.agent_args!r} ({error})") from error
     bootstrap = loaded.meta.get("bootstrap", "extra_forward")
-    agent = make_agent(agent_class, core, max_steps, bootstrap, arguments)
+    agent = make_agent(agent_class, core, max_steps, bootstrap, dict(options.agent_args))
     if isinstance(agent, QHaltingAgent):
         if loaded.q_head is None:
             raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from hrm_rl import cli
 from hrm_rl.errors import UserError
-from hrm_rl.tasks.csv_io import check_name, read_csv, write_csv
+from hrm_rl.tasks.csv_io import check_name, check_target, read_csv, write_csv
 from hrm_rl.tasks.generate import PuzzleSpec, canonical_grids, generate_puzzles
 
 
@@ -23,6 +22,7 @@ def build_parser():
     )
     parser.add_class_arguments(PuzzleSpec, as_group=False)
     parser.add_argument("--out", type=str, required=True, help="File to write: .csv or .csv.gz.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the file where it exists.")
     parser.add_argument(
         "--exclude_grids_of", type=str, nargs="+", default=[],
         help="CSV files whose solution grids may not occur, not even up to symmetry (a test set, say).",
@@ -30,13 +30,14 @@ def build_parser():
     return parser
 
 
-def make_file(spec: PuzzleSpec, path: Path, exclude_grids_of: Sequence[str | Path] = ()) -> str:
+def make_file(
+    spec: PuzzleSpec, path: Path, exclude_grids_of: Sequence[str | Path] = (), overwrite: bool = False
+) -> str:
     """Generate, write, and return the closing line. UserError for bad input; the file is whole or absent."""
     check_name(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, not a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: the folder {path.parent} does not exist or cannot be written")
+    check_target(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; add --overwrite to replace it")
     exclude: set[bytes] = set()
     for other in exclude_grids_of:
         exclude |= canonical_grids(read_csv(Path(other).expanduser(), spec.side).answers)
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(build_parser(), argv)
     spec = PuzzleSpec(**{field.name: args[field.name] for field in fields(PuzzleSpec)})
     try:
-        print(make_file(spec, Path(args.out).expanduser(), args.exclude_grids_of))
+        print(make_file(spec, Path(args.out).expanduser(), args.exclude_grids_of, args.overwrite))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

@@ -29,7 +29,7 @@ def options(*argv: str):
         ({"optim": {"final_lr": 1.1}}, "optim.final_lr"), ({"core": {"H_cycles": 0}}, "core.H_cycles"),
         ({"core": {"num_heads": 5}}, "core.num_heads"), ({"core": {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
         ({"core": {"seq_len": 80}}, "seq_len=80"), ({"core": {"puzzle_emb_ndim": -1}}, "core.puzzle_emb_ndim"),
-        ({"device": "gpu"}, "device 'gpu'"),
+        ({"device": "gpu"}, "device must be auto, cpu or cuda .*'gpu'"),
     ],
 )  # fmt: skip
 def test_values_out_of_range(values, said):

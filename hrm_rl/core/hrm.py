@@ -35,6 +35,8 @@ from hrm_rl.core.layers import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LARGEST_SIZE = 1 << 24  # far above any core; keeps the products of sizes within 64 bits
+_LARGEST_NUMBER = {"expansion": 1024.0, "rope_theta": 1e12, "rms_norm_eps": 1.0}
 _AUTO = torch.float32  # what a core computes in where nobody has chosen for the machine at hand
 
 
@@ -96,14 +98,22 @@ class CoreConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"core.{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) > _LARGEST_SIZE:
+                raise ValueError(f"core.{name} must be at most {_LARGEST_SIZE}, not {getattr(self, name)}")
+        for name in ("expansion", "rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) <= _LARGEST_NUMBER[name]:  # so that NaN is out as well
+                most = f"{_LARGEST_NUMBER[name]:g}"
+                raise ValueError(f"core.{name} must be above 0 and at most {most}, not {getattr(self, name)}")
+        if not abs(self.grid_strength) <= 1e4:
+            raise ValueError(f"core.grid_strength must be between -10000 and 10000, not {self.grid_strength}")
         if self.token_mixing != "mlp" and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"core.hidden_size ({self.hidden_size}) must be a multiple of core.num_heads ({self.num_heads})"
             )
         if self.positions == "rope" and (self.hidden_size // self.num_heads) % 2:
             raise ValueError("core.positions=rope needs an even head size (hidden_size / num_heads)")
-        if self.puzzle_emb_ndim < 0:
-            raise ValueError(f"core.puzzle_emb_ndim must not be negative, not {self.puzzle_emb_ndim}")
+        if not 0 <= self.puzzle_emb_ndim <= _LARGEST_SIZE:
+            raise ValueError(f"core.puzzle_emb_ndim must be between 0 and {_LARGEST_SIZE}, not {self.puzzle_emb_ndim}")
         if "grid" in (self.positions, self.token_mixing) and math.isqrt(self.seq_len) ** 2 != self.seq_len:
             raise ValueError(f"a grid needs a square number of tokens, not seq_len={self.seq_len}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from hrm_rl.core.hrm import CoreConfig, HRMCore
 from hrm_rl.core.q_head import QHead
+from hrm_rl.core.released_file import is_released, read_released
 from hrm_rl.devices import pick_dtype
-from hrm_rl.errors import UserError, nearest
+from hrm_rl.errors import UserError
+from hrm_rl.settings import check_settings, fits
 
 FORMAT = "hrm_rl.model.v1"
 MODEL_FILE = "model.safetensors"
+_LARGEST_HEADER = 1 << 24  # bytes; a thousand tensors need less than a hundredth of it
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,30 @@ def packaged_core(size: int = 9) -> Path:
 def find_model(source: str | Path) -> Path:
     """The model file behind a path: the file itself, a checkpoint folder, or a run's newest checkpoint."""
     path = Path(source)
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
-    saved = sorted((path / "checkpoints").glob(f"step-*/{MODEL_FILE}"))
+    try:
+        if path.is_file():
+            return path
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        if not path.is_dir():  # a pipe or a device could keep us waiting for ever
+            raise UserError(f"{path}: neither a regular file nor a folder")
+        if (path / MODEL_FILE).exists():
+            return _regular(path / MODEL_FILE)
+        saved = sorted((path / "checkpoints").glob(f"step-*/{MODEL_FILE}"))
+    except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not saved:
         raise UserError(f"{path}: holds no {MODEL_FILE} and no checkpoints/step-*/{MODEL_FILE}")
-    return saved[-1]
+    return _regular(saved[-1])
+
+
+def _regular(path: Path) -> Path:
+    """The path itself; UserError for a folder, a pipe, a device or a link that leads nowhere."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+    return path
 
 
 def model_bytes(core: HRMCore, q_head: nn.Module | None, meta: dict | None = None) -> bytes:
@@ -72,6 +89,7 @@ def model_bytes(core: HRMCore, q_head: nn.Module | None, meta: dict | None = Non
 def read_header(path: Path) -> tuple[CoreConfig, dict, dict[str, Tensor]]:
     """(core configuration, meta, tensors) of a model file. UserError says what is wrong with it."""
     _check_digest(path)
+    _check_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -83,19 +101,35 @@ def read_header(path: Path) -> tuple[CoreConfig, dict, dict[str, Tensor]]:
     try:
         config = core_config(json.loads(header["core"]))
         meta = json.loads(header.get("meta", "{}"))
-    except (ValueError, TypeError, KeyError) as error:
+        if not isinstance(meta, dict):
+            raise ValueError("meta is no mapping")
+        if not fits(int, meta.get("max_steps", 1)) or not 1 <= meta.get("max_steps", 1) <= 1 << 20:
+            raise ValueError(f"max_steps is {meta['max_steps']!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its header holds no valid core configuration ({_first_line(error)})") from error
     return config, meta, tensors
+
+
+def _check_size(path: Path) -> None:
+    """UserError for a header that is larger than any model's, or than the file, before anything is read."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        first = file.read(9)
+    claimed = int.from_bytes(first[:8], "little")
+    if len(first) < 9 or first[8:] != b"{":
+        raise UserError(f"{path}: not a readable safetensors file (nor a checkpoint of the released HRM)")
+    if claimed > min(_LARGEST_HEADER, size - 8):
+        raise UserError(f"{path}: not a readable safetensors file (its header claims {claimed} bytes)")
 
 
 def _check_digest(path: Path) -> None:
     """Where a checkpoint's state.json lies beside the file, its SHA-256 must be the one noted there."""
     note = path.parent / "state.json"
-    if not note.is_file():
+    if path.name != MODEL_FILE or not (note.exists() or note.is_symlink()):
         return
     try:
-        noted = json.loads(note.read_bytes())["sha256"][path.name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        noted = json.loads(_regular(note).read_bytes())["sha256"][path.name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{note}: not readable as part of a checkpoint ({_first_line(error)})") from error
     if hashlib.sha256(path.read_bytes()).hexdigest() != noted:
         raise UserError(f"{path}: damaged (its SHA-256 is not the one noted when it was written)")
@@ -103,38 +137,48 @@ def _check_digest(path: Path) -> None:
 
 def core_config(values: dict) -> CoreConfig:
     """CoreConfig from plain values. Unknown keys are errors that name the nearest field."""
-    known = [f.name for f in fields(CoreConfig)]
-    for name in values:
-        if name not in known:
-            raise UserError(f"unknown core setting {name!r}{nearest(name, known)}")
+    check_settings(CoreConfig, values, "core")
     if "box" in values:
         values = values | {"box": tuple(values["box"])}
     return CoreConfig(**values)
 
 
 def load_core(source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9) -> LoadedCore:
-    """Read a core. source: None (the packaged one), a run folder, a checkpoint folder or a model file.
+    """Read a core. source: None (the packaged one), a run folder, a checkpoint folder, a model file, or a
+    checkpoint of the released HRM (`core/released_file.py`).
 
     It computes in the dtype it was trained in, or in float32 where the hardware does not multiply bfloat16.
     Raises UserError for a missing, damaged or foreign file, naming the first tensor that does not fit.
     """
     path = packaged_core(size) if source is None else find_model(source)
-    config, meta, tensors = read_header(path)
+    try:
+        if is_released(path):
+            config, meta, core_tensors, head_tensors = read_released(path)
+        else:
+            config, meta, tensors = read_header(path)
+            core_tensors = {n[5:]: t for n, t in tensors.items() if n.startswith("core.")}
+            head_tensors = {n[7:]: t for n, t in tensors.items() if n.startswith("q_head.")}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if config.dtype == "bfloat16" and pick_dtype("auto", torch.device(device)) != "bfloat16":
         config = replace(config, dtype="float32")  # made on a machine that multiplies bfloat16; this one does not
+    if max(config.H_layers, config.L_layers) > len(core_tensors):
+        raise UserError(f"{path}: its header claims more layers than it holds tensors")
+    with torch.device("meta"):  # shapes alone: a file cannot make us ask for more memory than it has itself
+        _compare(HRMCore(config), core_tensors, path)
     core = HRMCore(config)
-    _fill(core, {n[5:]: t for n, t in tensors.items() if n.startswith("core.")}, path)
-    head_tensors = {n[7:]: t for n, t in tensors.items() if n.startswith("q_head.")}
+    core.load_state_dict(core_tensors)
     q_head = None
     if head_tensors:
         q_head = QHead(config.hidden_size)
-        _fill(q_head, head_tensors, path)
+        _compare(q_head, head_tensors, path)
+        q_head.load_state_dict(head_tensors)
         q_head.to(device)
     return LoadedCore(core.to(device), q_head, str(path), meta)
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """load_state_dict that names the first difference in one line."""
+def _compare(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """UserError that names the first tensor in which the file and the model differ, both shapes included."""
     own = module.state_dict()
     for name, value in own.items():
         if name not in tensors:
@@ -143,10 +187,13 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             raise UserError(
                 f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}"
             )
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{path}: tensor {name!r} holds {tensors[name].dtype}, the model needs {value.dtype}")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: tensor {name!r} holds values that are not finite")
     for name in tensors:
         if name not in own:
             raise UserError(f"{path}: tensor {name!r} has no place in this model")
-    module.load_state_dict(tensors)
 
 
 def _first_line(error: Exception) -> str:

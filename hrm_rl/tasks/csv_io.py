@@ -1,7 +1,8 @@
 """Puzzles on disk: CSV with the header `source,question,answer,rating` (DESIGN section 6), plain or gzipped.
 
 Every line is checked: schema, length, alphabet, the rules, and that the answer keeps the givens. The first
-bad one raises a UserError "file:line: reason". LF and CRLF line ends and a byte order mark are accepted.
+bad one raises a UserError "file:line: reason". LF and CRLF line ends, a byte order mark and blank lines at the
+end are accepted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hrm_rl.tasks.geometry import BOXES, box_of, tables
 
 HEADER = ("source", "question", "answer", "rating")
 _CHUNK = 1 << 15  # lines checked at a time
+_LONGEST_LINE = 1 << 16  # bytes, so that a file without line ends does not fill the memory
 _MAX_RATING = float(np.finfo(np.float32).max)
 
 
@@ -69,6 +71,10 @@ def read_csv(path: str | Path, side: int | None = None, limit: int | None = None
                 limit = None if limit is None else limit - len(rows.questions)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:  # a NUL in the name
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read ({error})") from None
     if not chunks:
         raise UserError(f"{path}:2: no puzzle after the header")
     if len(chunks) == 1:
@@ -100,6 +106,20 @@ def check_name(path: Path) -> None:
         raise UserError(f"{path}: the name must end in .csv or .csv.gz")
 
 
+def check_target(path: Path) -> None:
+    """UserError where no file can be put at `path`, before the work that fills it."""
+    try:
+        path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # a name too long or with a NUL, a folder that may not be entered
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} does not exist or cannot be written")
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write through a temporary file beside `path`, then rename it into place."""
     temporary = None
@@ -128,26 +148,38 @@ def _open(path: Path) -> BinaryIO:
     check_name(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, not a file")
+    if path.exists() and not path.is_file():  # a pipe or a device could keep us waiting for ever
+        raise UserError(f"{path}: not a regular file")
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
 def _numbered(stream: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line without its end); damaged compression is named with the line it cuts off."""
-    number = 0
+    number, blanks = 0, []
     while True:
         number += 1
         try:
-            line = stream.readline()
+            line = stream.readline(_LONGEST_LINE + 1)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}:{number}: damaged gzip data ({error})") from None
-        if not line:
+        if not line:  # blank lines at the end are dropped
             return
+        if len(line) > _LONGEST_LINE:
+            raise UserError(f"{path}:{number}: longer than any line of puzzles ({_LONGEST_LINE} bytes)")
         line = line[:-1] if line.endswith(b"\n") else line
-        yield number, line[:-1] if line.endswith(b"\r") else line
+        line = line[:-1] if line.endswith(b"\r") else line
+        if not line and number > 1:
+            blanks.append(number)
+            continue
+        yield from ((blank, b"") for blank in blanks)
+        blanks.clear()
+        yield number, line
 
 
 def _check_header(lines: Iterator[tuple[int, bytes]], path: Path) -> None:
     _, line = next(lines, (1, b""))
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}:1: not UTF-8 text (UTF-16, it seems)")
     found = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     if found != ",".join(HEADER):
         raise UserError(f"{path}:1: the header must be {','.join(HEADER)}, not {_short(found)}")

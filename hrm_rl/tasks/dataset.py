@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,6 +121,23 @@ def from_rows(rows: Rows, name: str) -> PuzzleSet:
     return PuzzleSet("sudoku", rows.side, questions, answers, ratings, rows.sources, name)
 
 
+def shared_puzzles(train: PuzzleSet, test: PuzzleSet) -> str | None:
+    """One line that says how many test puzzles stand in the training set, None where none does.
+
+    A puzzle is shared where its question is, or its solution grid: the report would then tell of memory."""
+    if (train.task, train.side) != (test.task, test.side):
+        return None
+    said = []
+    for name, plural in (("questions", "questions"), ("answers", "solution grids")):
+        known = {row.tobytes() for row in getattr(train, name).cpu().numpy()}
+        count = sum(row.tobytes() in known for row in getattr(test, name).cpu().numpy())
+        if count:
+            said.append(f"{count} of {len(test)} {plural}")
+    if not said:
+        return None
+    return f"{test.name}: {' and '.join(said)} stand in {train.name} as well, so the report is not of unseen puzzles"
+
+
 def _from_hub(source: str, split: str) -> Path:
     repo = source.removeprefix("hf://")
     if repo.count("/") != 1 or not all(repo.split("/")):
@@ -127,8 +146,33 @@ def _from_hub(source: str, split: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise UserError(f"{source}: needs huggingface_hub (pip install huggingface_hub)") from None
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx", "urllib3", "requests")]
+    levels = [logger.level for logger in loggers]
     try:
-        return Path(hf_hub_download(repo_id=repo, filename=f"{split}.csv", repo_type="dataset"))
+        for logger in loggers:  # retries and warnings: the one line below says it all
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Path(hf_hub_download(repo_id=repo, filename=f"{split}.csv", repo_type="dataset"))
     except Exception as error:  # the Hub client has no common base for wrong names, no access and no network
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: cannot fetch {split}.csv ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{source}: cannot fetch {split}.csv ({_hub_reason(error)})") from None
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _hub_reason(error: Exception) -> str:
+    """In a few words why the Hub gave nothing."""
+    kinds = {
+        "EntryNotFoundError": "the dataset holds no such file", "GatedRepoError": "it needs a login",
+        "RepositoryNotFoundError": "no such dataset, or it needs a login",
+        "HFValidationError": "no name of the Hub",
+    }  # fmt: skip
+    chain, seen = error, []
+    while chain is not None and len(seen) < 8:
+        seen.append(type(chain).__name__)
+        chain = chain.__cause__ or chain.__context__
+    for name in seen:
+        if name in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "Connect" in name or "Timeout" in name:
+            return "the Hub cannot be reached, and no copy lies in the cache"
+    return next((kinds[name] for name in seen if name in kinds), " ".join(f"{seen[0]}: {error}".split())[:120])
