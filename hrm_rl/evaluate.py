@@ -28,8 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="budgets to report the learned halt for (default: the one trained with)")  # fmt: skip
     parser.add_argument("--data", default=None, help=".csv, .csv.gz or hf://owner/name (default: the shipped test set)")
     parser.add_argument("--limit", type=int, default=0, help="at most this many puzzles; 0 is all (default: 0)")
-    parser.add_argument("--agent", default="q", help="q (the learned halt), fixed, or an import path (default: q)")
-    parser.add_argument("--agent-args", default="{}", metavar="JSON", help='its arguments, e.g. \'{"k": 4}\'')
+    parser.add_argument("--agent", default="q", help="q (the learned halt), another short name (docs/PLUGINS.md) "
+                        "or an import path; its arguments follow as --agent.NAME VALUE (default: q)")  # fmt: skip
+    parser.add_argument("--agent-args", default="{}", metavar="JSON", help='or in one piece, e.g. \'{"k": 4}\'')
     parser.add_argument("--batch-size", type=int, default=128, help="puzzles in work at once (default: 128)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
@@ -38,7 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = build_parser().parse_args(argv)
+    from agents.arguments import split_flags
+
+    words, agent_flags = split_flags(argv)
+    options = build_parser().parse_args(words)
     import torch
 
     from hrm_rl import evaluation
@@ -63,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     side = round(core.config.seq_len**0.5)
     puzzles = user_puzzles(options.data, side, "test", options.limit or None)
 
-    agent = _make_agent(options, loaded, core, budgets[-1])
+    agent = _make_agent(options, agent_flags, loaded, core, budgets[-1])
     agent.to(device)
 
     from tqdm import tqdm
@@ -87,8 +91,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _make_agent(options, loaded, core, max_steps: int):
-    """The agent of --agent; the learned one gets the Q-head that lies beside the core."""
+def _make_agent(options, agent_flags: dict[str, str], loaded, core, max_steps: int):
+    """The agent of --agent; a learned one gets the weights that lie beside the core."""
     from agents import QHaltingAgent, find_agent, make_agent
 
     agent_class = find_agent(options.agent)
@@ -99,11 +103,19 @@ def _make_agent(options, loaded, core, max_steps: int):
     except ValueError as error:
         raise UserError(f"--agent-args must be a JSON object, not {options.agent_args!r} ({error})") from error
     bootstrap = loaded.meta.get("bootstrap", "extra_forward")
-    agent = make_agent(agent_class, core, max_steps, bootstrap, arguments)
-    if isinstance(agent, QHaltingAgent):
-        if loaded.q_head is None:
-            raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
-        agent.q_head.load_state_dict(loaded.q_head.state_dict())
+    agent = make_agent(agent_class, core, max_steps, bootstrap, arguments | agent_flags)
+    q_head = loaded.q_head.state_dict() if loaded.q_head is not None else {}
+    held = loaded.agent_tensors | {f"q_head.{name}": value for name, value in q_head.items()}
+    own = agent.state_dict()
+    if not own:
+        return agent
+    if isinstance(agent, QHaltingAgent) and loaded.q_head is None:
+        raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
+    for name, value in own.items():
+        if name not in held or held[name].shape != value.shape:
+            raise UserError(f"{loaded.source}: holds no weights {name!r} {tuple(value.shape)} of {agent_class.__name__}; "
+                            "train with this agent first")  # fmt: skip
+    agent.load_state_dict({name: held[name] for name in own})
     return agent
 
 

@@ -25,11 +25,13 @@ DESCRIPTION = (
 
 def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
-    parser = build_parser()
-    options = cli.parse(parser, argv)
+    from agents.arguments import split_flags
+
+    words, agent_flags = split_flags(argv)
+    options = cli.parse(build_parser(), words)
     if options.resume:
         return _Session(began).resume(Path(options.resume), options, argv)
-    config, agent_class, agent_arguments = read_options(options)
+    config, agent_class, agent_arguments = read_options(options, agent_flags)
     return _Session(began).start(config, agent_class, agent_arguments)
 
 
@@ -40,19 +42,21 @@ def build_parser():
     parser = cli.make_parser("python -m hrm_rl.train", DESCRIPTION)
     parser.add_class_arguments(TrainConfig)
     parser.add_argument("--agent", type=str, default="auto",
-                        help="Halting agent: q, fixed, or an import path (my_package.my_file.MyAgent); auto is q, "
-                        "and fixed where objective=supervised")  # fmt: skip
+                        help="Halting agent: a short name (q, trm, confidence, ...: docs/PLUGINS.md) or an import path "
+                        "(my_package.my_file.MyAgent); auto is q, and fixed where objective=supervised. Its own "
+                        "arguments follow as --agent.NAME VALUE")  # fmt: skip
     parser.add_argument("--agent_args", type=dict, default={},
-                        help='Arguments of the agent, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
+                        help='Arguments of the agent in one piece, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
     parser.add_argument("--resume", type=str, default="",
                         help="Run folder to go on with; its own configuration counts, but total_steps, "
                         "time_budget, device and compile may be given anew")  # fmt: skip
     return parser
 
 
-def read_options(options) -> tuple:
-    """(TrainConfig, agent class, agent arguments) of parsed options."""
+def read_options(options, agent_flags: dict[str, str] | None = None) -> tuple:
+    """(TrainConfig, agent class, agent arguments) of parsed options; `agent_flags` win over agent_args."""
     from agents import find_agent
+    from agents.arguments import check_arguments
     from hrm_rl.config import TrainConfig
 
     values = options.clone().as_dict()
@@ -62,7 +66,8 @@ def read_options(options) -> tuple:
     agent = options.agent
     if agent == "auto":
         agent = "fixed" if config.objective == "supervised" else "q"
-    return config, find_agent(agent), dict(options.agent_args)
+    agent_class = find_agent(agent)
+    return config, agent_class, check_arguments(agent_class, dict(options.agent_args) | (agent_flags or {}))
 
 
 class _Session:
