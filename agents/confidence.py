@@ -13,11 +13,11 @@ class ConfidenceAgent(SignalAgent):
     """Halts where the mean confidence of the free cells is at least `tau`."""
 
     signal = "confidence"
-    tau = 0.95
+    tau = 0.98
 
 
 class ConfidenceMinAgent(SignalAgent):
     """Halts where the least certain free cell has a probability of at least `tau`."""
 
     signal = "confidence_min"
-    tau = 0.6
+    tau = 0.75

@@ -12,4 +12,4 @@ class CosineAgent(SignalAgent):
     """Halts where the cosine between two successive z_H is at least `tau`."""
 
     signal = "cosine"
-    tau = 0.99
+    tau = 0.998

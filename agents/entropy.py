@@ -12,4 +12,4 @@ class EntropyAgent(SignalAgent):
     """Halts where the mean entropy of the free cells is at most `tau` nats."""
 
     signal = "entropy"
-    tau = 0.05
+    tau = 0.06

@@ -12,4 +12,4 @@ class KLAgent(SignalAgent):
     """Halts where the mean KL divergence from the answer before is at most `tau` nats."""
 
     signal = "kl"
-    tau = 0.01
+    tau = 0.003

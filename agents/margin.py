@@ -12,4 +12,4 @@ class MarginAgent(SignalAgent):
     """Halts where the mean of top-1 minus top-2 probability over the free cells is at least `tau`."""
 
     signal = "margin"
-    tau = 0.9
+    tau = 0.96

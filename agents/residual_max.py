@@ -12,4 +12,4 @@ class ResidualMaxAgent(SignalAgent):
     """Halts where the relative L-infinity step of z_H is at most `tau`."""
 
     signal = "residual_max"
-    tau = 0.05
+    tau = 0.07

@@ -13,4 +13,4 @@ class SecondOrderAgent(SignalAgent):
     """Halts where the relative step size of z_H changes by at most `tau` in a segment."""
 
     signal = "second_order"
-    tau = 0.01
+    tau = 0.005

@@ -19,9 +19,9 @@ class StabilityAgent(SignalAgent):
     """
 
     signal = "stability"
-    tau = 1.0
+    tau = 2.0
 
-    def __init__(self, max_steps: int | None = None, patience: int = 1):
+    def __init__(self, max_steps: int | None = None, patience: int = 2):
         if patience < 1:
             raise UserError(f"agent.patience must be at least 1, not {patience}")
         super().__init__(max_steps, float(patience))

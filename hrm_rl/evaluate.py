@@ -113,8 +113,8 @@ def _make_agent(options, agent_flags: dict[str, str], loaded, core, max_steps: i
         raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
     for name, value in own.items():
         if name not in held or held[name].shape != value.shape:
-            raise UserError(f"{loaded.source}: holds no weights {name!r} {tuple(value.shape)} of {agent_class.__name__}; "
-                            "train with this agent first")  # fmt: skip
+            missing = f"holds no weights {name!r} {tuple(value.shape)} of {agent_class.__name__}"
+            raise UserError(f"{loaded.source}: {missing}; train with this agent first")
     agent.load_state_dict({name: held[name] for name in own})
     return agent
 

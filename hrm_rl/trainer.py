@@ -108,8 +108,8 @@ class Trainer:
         if isinstance(self.core, HRMCore):
             self.config = config = replace(config, core=self.core.config)  # what is written down is what runs
         if "is_correct" in agent_class.sees:
-            raise UserError(f"agent {agent_class.__name__} looks at the answer: it is an upper bound for evaluation and "
-                            "cannot be trained with")  # fmt: skip
+            why = "it looks at the answer, an upper bound for evaluation only"
+            raise UserError(f"agent {agent_class.__name__} cannot be trained with: {why}")
         self.agent = make_agent(agent_class, self.core, config.max_steps, config.bootstrap, agent_arguments)
         self.agent.to(self.device)
         self.learns_core = config.objective != "q"
