@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from agents.base import HaltingAgent, View
-from envs.actions import CONTINUE, HALT
 from hrm_rl.errors import UserError
 
 
@@ -19,11 +17,13 @@ class FixedAgent(HaltingAgent):
     """
 
     def __init__(self, max_steps: int, k: int = 0):
-        super().__init__()
         if not 0 <= k <= max_steps:
             raise UserError(f"agent.k must be between 1 and max_steps={max_steps} (or 0 for max_steps), not {k}")
-        self.k = k or max_steps
+        super().__init__(threshold=k or max_steps)  # no budget of its own: the k that was asked for is the one
 
-    @torch.no_grad()
-    def act(self, view: View, q_logits: Tensor | None = None, explore: bool = False) -> Tensor:
-        return torch.where(view.steps >= self.k, HALT, CONTINUE)
+    @property
+    def k(self) -> int:
+        return self.threshold
+
+    def score(self, view: View) -> Tensor:
+        return view.steps.float()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from agents import q_targets
 from agents.base import HaltingAgent, Transition, View
+from agents.checks import check_score
 from envs.actions import CONTINUE, HALT
 from hrm_rl import rng
 from hrm_rl.core.q_head import QHead
@@ -34,15 +35,18 @@ class QHaltingAgent(HaltingAgent):
         epsilon: Probability that the exploration floor M_min is drawn from {2..max_steps} instead of 1.
         exploration: Draw the floor once an episode (the paper) or at every step (the released code).
         q_bias: Where both Q-logits start.
+        threshold: Halt where q_halt - q_continue (q_halt alone for bootstrap=none) is larger than this.
     """
 
     learns = True
+    strict = True
 
     def __init__(
         self, core: nn.Module, max_steps: int, bootstrap: q_targets.Bootstrap = "extra_forward",
         epsilon: float = 0.1, exploration: Literal["per_step", "per_episode"] = "per_step", q_bias: float = -5.0,
+        threshold: float = 0.0,
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(max_steps, threshold)
         if bootstrap not in q_targets.BOOTSTRAPS:
             raise UserError(f"bootstrap must be one of {', '.join(q_targets.BOOTSTRAPS)}, not {bootstrap!r}")
         if not 0 <= epsilon <= 1:
@@ -51,7 +55,6 @@ class QHaltingAgent(HaltingAgent):
             raise UserError(f"agent.exploration must be per_step or per_episode, not {exploration!r}")
         object.__setattr__(self, "core", core)  # wrapped, not owned: its parameters are listed once, by the trainer
         self.q_head = QHead(core.hidden_size, q_bias)
-        self.max_steps = max_steps
         self.bootstrap = bootstrap
         self.epsilon = epsilon
         self.exploration = exploration
@@ -59,11 +62,18 @@ class QHaltingAgent(HaltingAgent):
     def scores(self, z_H: Tensor) -> Tensor:
         return self.q_head(z_H)
 
+    def rule(self, q_logits: Tensor) -> Tensor:
+        """What is held against the threshold, larger = readier to halt: q_logits (B, 2) -> (B,) float32."""
+        return q_targets.halt_score(q_logits, self.bootstrap)
+
+    def score(self, view: View) -> Tensor:
+        return self.rule(self.scores(view.z_H))
+
     @torch.no_grad()
     def act(self, view: View, q_logits: Tensor | None = None, explore: bool = False) -> Tensor:
-        if q_logits is None:
-            q_logits = self.scores(view.z_H)
-        wish = q_targets.wants_halt(q_logits, self.bootstrap)
+        score = self.rule(self.scores(view.z_H) if q_logits is None else q_logits)
+        self.last_score = check_score(view, score)
+        wish = score > self.threshold if self.strict else score >= self.threshold
         floor = self._floor(view) if explore else torch.ones_like(view.steps)
         return torch.where(q_targets.halts(wish, view.steps, floor, self.max_steps), HALT, CONTINUE)
 

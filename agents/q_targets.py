@@ -107,11 +107,15 @@ def min_steps(u: Tensor, drawn: Tensor, epsilon: float) -> Tensor:
     return torch.where(u < epsilon, drawn, torch.ones_like(drawn))
 
 
+def halt_score(q_logits: Tensor, bootstrap: str) -> Tensor:
+    """How much halting is ahead, (B, 2) -> (B,) float32: q_halt - q_continue, or q_halt without continue target."""
+    q_halt, q_continue = q_logits.float().unbind(dim=-1)
+    return q_halt if bootstrap == "none" else q_halt - q_continue
+
+
 def wants_halt(q_logits: Tensor, bootstrap: str) -> Tensor:
     """Greedy choice, (B, 2) -> (B,) bool: q_halt > q_continue (strictly), or q_halt > 0 without continue target."""
-    if bootstrap == "none":
-        return q_logits[:, 0] > 0
-    return q_logits[:, 0] > q_logits[:, 1]
+    return halt_score(q_logits, bootstrap) > 0
 
 
 def halts(wish: Tensor, steps: Tensor, floor: Tensor, max_steps: int) -> Tensor:

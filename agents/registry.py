@@ -1,35 +1,81 @@
-"""Agents by name: short ones that ship, and any class by its import path."""
+"""Agents by name: short ones that ship, those of installed packages, and any class by its import path."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from importlib import metadata
 
 from torch import nn
 
-from agents.base import HaltingAgent
+from agents.advantage import AdvantageAgent
+from agents.arguments import check_arguments
+from agents.base import HaltingAgent, check_sees
+from agents.confidence import ConfidenceAgent, ConfidenceMinAgent
+from agents.cosine import CosineAgent
+from agents.entropy import EntropyAgent
 from agents.fixed import FixedAgent
+from agents.kl import KLAgent
+from agents.margin import MarginAgent
+from agents.oracle import OracleAgent
 from agents.q_halting import QHaltingAgent
+from agents.random_stop import RandomAgent
+from agents.residual import ResidualAgent
+from agents.residual_max import ResidualMaxAgent
+from agents.second_order import SecondOrderAgent
+from agents.stability import StabilityAgent
+from agents.trm import TRMAgent
 from hrm_rl.errors import UserError, nearest
 
 #: Agents by the short names of the command line.
-AGENTS: dict[str, type[HaltingAgent]] = {"q": QHaltingAgent, "fixed": FixedAgent}
+AGENTS: dict[str, type[HaltingAgent]] = {
+    "q": QHaltingAgent, "trm": TRMAgent, "advantage": AdvantageAgent,
+    "fixed": FixedAgent, "random": RandomAgent, "oracle": OracleAgent,
+    "confidence": ConfidenceAgent, "confidence_min": ConfidenceMinAgent, "entropy": EntropyAgent,
+    "margin": MarginAgent, "stability": StabilityAgent, "residual": ResidualAgent, "residual_max": ResidualMaxAgent,
+    "cosine": CosineAgent, "kl": KLAgent, "second_order": SecondOrderAgent,
+}  # fmt: skip
+
+#: Entry points of installed packages: [project.entry-points."hrm_rl.agents"] short_name = "module:Class".
+GROUP = "hrm_rl.agents"
+
+
+def agent_names() -> list[str]:
+    """Every short name there is: those that ship, then those of installed packages."""
+    return [*AGENTS, *sorted({point.name for point in metadata.entry_points(group=GROUP)} - set(AGENTS))]
 
 
 def find_agent(name: str) -> type[HaltingAgent]:
     """The class behind a short name or an import path (my_package.my_file.MyAgent); UserError otherwise."""
     if name in AGENTS:
         return AGENTS[name]
+    points = [point for point in metadata.entry_points(group=GROUP) if point.name == name]
+    if points:
+        return _checked(name, lambda: points[0].load(), f" (entry point {points[0].value})")
     module, _, attribute = name.rpartition(".")
     if not module:
-        known = ", ".join(AGENTS)
-        raise UserError(f"agent {name!r} is unknown; choose one of {known} or an import path{nearest(name, AGENTS)}")
+        known = agent_names()
+        raise UserError(f"agent {name!r} is unknown{nearest(name, known)} (one of {', '.join(known)}, or an import "
+                        "path as in my_package.my_file.MyAgent)")  # fmt: skip
+    return _checked(name, lambda: getattr(importlib.import_module(module), attribute), "")
+
+
+def _checked(name: str, load, origin: str) -> type[HaltingAgent]:
+    """What `load` returns, if it is an agent; an error in the user's file is told with its place."""
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"agent {name!r} cannot be imported ({error})") from error
+        found = load()
+    except AttributeError as error:
+        there = vars(error.obj) if inspect.ismodule(error.obj) else {}
+        agents = [n for n, v in there.items() if isinstance(v, type) and issubclass(v, HaltingAgent)]
+        hint = nearest(name.rpartition(".")[2], agents)
+        raise UserError(f"agent {name!r}{origin} cannot be imported ({error}){hint}") from error
+    except SyntaxError as error:
+        raise UserError(f"agent {name!r}{origin} cannot be imported ({error})") from error
+    except Exception as error:  # a user's module may fail in any way
+        raise UserError(f"agent {name!r}{origin} cannot be imported ({type(error).__name__}: {error})") from error
     if not (isinstance(found, type) and issubclass(found, HaltingAgent)):
-        raise UserError(f"agent {name!r} is not a subclass of agents.HaltingAgent")
+        raise UserError(f"agent {name!r}{origin} is not a subclass of agents.HaltingAgent")
+    check_sees(found)
     return found
 
 
@@ -38,16 +84,18 @@ def make_agent(
 ) -> HaltingAgent:
     """Build an agent: it gets those of core, max_steps and bootstrap that its constructor names, and `arguments`.
 
-    Raises UserError for an argument that the constructor does not take or one that it needs and is not given.
+    Raises UserError for an argument that the constructor does not take, one of another type than it is annotated
+    with, or one that it needs and is not given.
     """
+    check_sees(agent_class)
     offered = {"core": core, "max_steps": max_steps, "bootstrap": bootstrap}
     signature = inspect.signature(agent_class)
-    given = {name: value for name, value in offered.items() if name in signature.parameters} | (arguments or {})
+    given = {name: value for name, value in offered.items() if name in signature.parameters}
+    given |= check_arguments(agent_class, arguments or {})
     try:
         signature.bind(**given)
     except TypeError as error:
-        takes = ", ".join(name for name in signature.parameters if name not in offered) or "none"
-        raise UserError(f"agent_args of {agent_class.__name__}: {error} (it takes: {takes})") from error
+        raise UserError(f"agent_args of {agent_class.__name__}: {error}") from error
     try:
         return agent_class(**given)
     except TypeError as error:

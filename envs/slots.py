@@ -10,13 +10,14 @@ how many slots there are, and a checkpoint holds no generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from envs.actions import HALT
+from envs.previous import Previous, choose
 from hrm_rl import rng
 from hrm_rl.core.base import CoreOutput, State
 from hrm_rl.errors import UserError
@@ -39,6 +40,9 @@ class Start(NamedTuple):
     puzzle: Tensor  # (B,) int64, index into the puzzle set
     episode: Tensor  # (B,) int64, episodes this slot has begun before this one
     key: Tensor  # (B,) int64, the slot's random key
+    previous_z_H: Tensor | None = None  # what the segment before left (envs.previous); None unless carried
+    previous_answer: Tensor | None = None
+    previous_logits: Tensor | None = None
 
 
 class Slots(NamedTuple):
@@ -53,6 +57,9 @@ class Slots(NamedTuple):
     puzzle: Tensor  # (B,) int64, index into the puzzle set
     episode: Tensor  # (B,) int64, episodes this slot has begun before this one
     key: Tensor  # (B,) int64, the slot's random key
+    previous_z_H: Tensor | None  # what the segment before left (envs.previous); None unless carried
+    previous_answer: Tensor | None
+    previous_logits: Tensor | None
     logits: Tensor  # (B, S, V), scores of every token value
     is_correct: Tensor  # (B,) bool, every scored cell right (never true for a row of padding)
     token_accuracy: Tensor  # (B,) float64, share of the scored cells that are right
@@ -84,6 +91,7 @@ class SlotEngine:
         run_prefix: (tokens, State) -> State, the part of a segment without gradient.
         run_tail: (tokens, State) -> CoreOutput, the rest of it. A trainer may put compiled functions in both
             places. A core without `prefix` and `tail` (or one compiled as a whole) is all tail.
+        carries: Fields of `Previous` that the slots carry from segment to segment (`carry`); none by default.
     """
 
     run_prefix: Callable[[Tensor, State], State]
@@ -110,12 +118,17 @@ class SlotEngine:
             self.run_prefix, self.run_tail = _no_prefix, core
         # As tensors, because a Python number sent to the device on every step would wait for it.
         self._purposes = torch.tensor([_DRAW_PUZZLE, _DRAW_SYMMETRY, _DRAW_GIVENS], device=self.device)
+        self.carries: tuple[str, ...] = ()
         self._clues: Tensor | None = None
         if clues is not None:
             self.set_clues(*clues)
         self._start: Start | None = None
         self._slots: Slots | None = None
         self._ahead: tuple[Tensor, Start] | None = None  # what `lookahead` has prepared, and for which actions
+
+    def carry(self, names: Collection[str]) -> None:
+        """From the next `reset` on, carry what the segment before left: names of fields of `Previous`."""
+        self.carries = tuple(name for name in Previous._fields if name in names)
 
     def set_clues(self, low: int, high: int) -> None:
         """From the next episode on, show puzzles with `low` to `high` givens (those with more stay as they are)."""
@@ -197,7 +210,8 @@ class SlotEngine:
             raise RuntimeError("state_dict() between lookahead() and advance() loses the prepared segment")
         if self._start is None:
             raise RuntimeError("the slots are empty: call reset() first")
-        tensors = {name: value.detach().clone() for name, value in self._start._asdict().items()}
+        held = {name: value for name, value in self._start._asdict().items() if value is not None}
+        tensors = {name: value.detach().clone() for name, value in held.items()}
         return {"puzzles": self.puzzles.sha256} | tensors
 
     def load_state_dict(self, state: dict[str, Tensor | str]) -> None:
@@ -205,12 +219,13 @@ class SlotEngine:
 
         Raises UserError if the state belongs to other puzzles or another number of slots.
         """
-        names = {"puzzles", *Start._fields}
+        fields = [name for name in Start._fields if name not in Previous._fields or name in self.carries]
+        names = {"puzzles", *fields}
         if set(state) != names:
             raise UserError(f"state of the slots: has the fields {sorted(state)}, expected {sorted(names)}")
         if state["puzzles"] != self.puzzles.sha256:
             raise UserError(f"state of the slots: it was saved with other puzzles than {self.puzzles.name}")
-        start = Start(**{name: state[name].to(self.device) for name in Start._fields})
+        start = Start(**{name: state[name].to(self.device) for name in fields})
         expected = self.num_slots, self.puzzles.seq_len, self.core.num_positions, self.core.hidden_size
         held = *start.tokens.shape, *start.z_H.shape[1:]
         if held != expected:
@@ -236,15 +251,17 @@ class SlotEngine:
         padding = answers == 0
         labels = answers.masked_fill(padding, IGNORE_LABEL)
         z_H, z_L = self.core.initial_state(self.num_slots)  # expanded views, not copies
-        return Start(tokens, labels, z_H, z_L, torch.ones_like(key), ~padding.all(-1), puzzle, episode, key)
+        previous = Previous.none_yet(self.carries, z_H, tokens, self.puzzles.vocab_size)
+        return Start(tokens, labels, z_H, z_L, torch.ones_like(key), ~padding.all(-1), puzzle, episode, key, *previous)
 
     @torch.no_grad()
     def _following(self, actions: Tensor) -> Start:
         """The slots as the next segment finds them: new puzzles where the episode ends with `actions`."""
         slots, ended = self.slots, self.verdict(actions).terminated
         fresh = self._draw(slots.key, slots.episode + 1, None, self.augment)
-        going_on = Start(*slots[: len(Start._fields)])._replace(steps=slots.steps + 1)
-        return Start(*(torch.where(_over(ended, new), new, old) for new, old in zip(fresh, going_on, strict=True)))
+        previous = Previous.left_by(self.carries, slots.z_H, slots.logits)
+        going_on = Start(*slots[: len(Start._fields)])._replace(steps=slots.steps + 1, **previous._asdict())
+        return Start(*(choose(ended, new, old) for new, old in zip(fresh, going_on, strict=True)))
 
     @torch.no_grad()
     def _prefix(self, start: Start) -> Start:
@@ -263,7 +280,3 @@ class SlotEngine:
 def _no_prefix(tokens: Tensor, state: State) -> State:
     return state
 
-
-def _over(mask: Tensor, like: Tensor) -> Tensor:
-    """mask (B,) with as many trailing axes as `like` (B, ...)."""
-    return mask.view(-1, *(1 for _ in like.shape[1:]))

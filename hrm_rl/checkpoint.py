@@ -136,6 +136,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
         state = json.loads((path / STATE_FILE).read_bytes())
         digests = state.pop("sha256")
         held = {STATE_FILE: _plain(state)}
+        for name in (TRAIN_FILE, MODEL_FILE):
+            if not (path / name).is_file():  # a pipe would never end
+                raise UserError(f"{path / name}: is missing, or no plain file")
         for name in (STATE_FILE, TRAIN_FILE, MODEL_FILE):
             held[name] = held[name] if name in held else (path / name).read_bytes()
             if _sha256(held[name]) != digests[name]:
@@ -143,7 +146,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
         return load(held[TRAIN_FILE]), state
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path / name}: not readable as part of a checkpoint ({error})") from error
 
 

@@ -27,8 +27,10 @@ def build_parser():
     parser.add_argument("--data", type=str, default="",
                         help=".csv, .csv.gz or hf://owner/name; nothing: the shipped test set.")  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, help="At most this many puzzles; 0 is all.")
-    parser.add_argument("--agent", type=str, default="q", help="q (the learned halt), fixed, or an import path.")
-    parser.add_argument("--agent_args", type=dict, default={}, help='Arguments of the agent, e.g. \'{"k": 4}\'.')
+    parser.add_argument("--agent", type=str, default="q",
+                        help="q (the learned halt), another short name (docs/PLUGINS.md) or "
+                        "an import path; its arguments follow as --agent.NAME VALUE.")  # fmt: skip
+    parser.add_argument("--agent_args", type=dict, default={}, help='Or in one piece, e.g. \'{"k": 4}\'.')
     parser.add_argument("--batch_size", type=int, default=128, help="Puzzles in work at once.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda.")
     parser.add_argument("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto",
@@ -38,7 +40,10 @@ def build_parser():
 
 
 def main(argv: Sequence[str]) -> int:
-    options = cli.parse(build_parser(), argv)
+    from agents.arguments import split_flags
+
+    words, agent_flags = split_flags(argv)
+    options = cli.parse(build_parser(), words)
     out = Path(options.out).expanduser() if options.out else None
     if out is not None:
         check_target(out)
@@ -65,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     side = round(core.config.seq_len**0.5)
     puzzles = user_puzzles(options.data or None, side, "test", options.limit or None)
 
-    agent = _make_agent(options, loaded, core, budgets[-1])
+    agent = _make_agent(options, agent_flags, loaded, core, budgets[-1])
     agent.to(device)
 
     from tqdm import tqdm
@@ -89,17 +94,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _make_agent(options, loaded, core, max_steps: int):
-    """The agent of --agent; the learned one gets the Q-head that lies beside the core."""
+def _make_agent(options, agent_flags: dict[str, str], loaded, core, max_steps: int):
+    """The agent of --agent; a learned one gets the weights that lie beside the core."""
     from agents import QHaltingAgent, find_agent, make_agent
 
     agent_class = find_agent(options.agent)
     bootstrap = loaded.meta.get("bootstrap", "extra_forward")
-    agent = make_agent(agent_class, core, max_steps, bootstrap, dict(options.agent_args))
-    if isinstance(agent, QHaltingAgent):
-        if loaded.q_head is None:
-            raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
-        agent.q_head.load_state_dict(loaded.q_head.state_dict())
+    agent = make_agent(agent_class, core, max_steps, bootstrap, dict(options.agent_args) | agent_flags)
+    q_head = loaded.q_head.state_dict() if loaded.q_head is not None else {}
+    held = loaded.agent_tensors | {f"q_head.{name}": value for name, value in q_head.items()}
+    own = agent.state_dict()
+    if not own:
+        return agent
+    if isinstance(agent, QHaltingAgent) and loaded.q_head is None:
+        raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
+    for name, value in own.items():
+        if name not in held or held[name].shape != value.shape:
+            missing = f"holds no weights {name!r} {tuple(value.shape)} of {agent_class.__name__}"
+            raise UserError(f"{loaded.source}: {missing}; train with this agent first")
+    agent.load_state_dict({name: held[name] for name in own})
     return agent
 
 

@@ -8,14 +8,17 @@ wall-clock follows the compute that halting saves. Letters: N puzzles, M segment
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from agents.base import HaltingAgent, View
+from agents.checks import decide, raise_fault
 from envs.actions import HALT
+from envs.previous import Previous, choose
 from hrm_rl import rng
 from hrm_rl.core.base import CoreOutput, State
 from hrm_rl.tasks import PuzzleSet
@@ -33,6 +36,7 @@ class Trajectories:
     wish: Tensor  # (M, N) bool, the agent says HALT
     q_logits: Tensor | None  # (M, N, 2) float32, None for an agent without values
     seconds: float  # wall-clock of the core and the agent
+    scores: Tensor | None = None  # (M, N) float32, None for an agent without `score`
 
     def halt_steps(self, max_steps: int) -> Tensor:
         """(N,) int64: first segment at which the agent halts, at most `max_steps`."""
@@ -54,13 +58,51 @@ def _score(logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     return (right == cells) & (cells > 0), right.float() / cells.clamp(min=1)
 
 
-def _view(output: CoreOutput, steps: Tensor, answers: Tensor, index: Tensor) -> View:
+def _view(
+    output: CoreOutput, steps: Tensor, tokens: Tensor, answers: Tensor, index: Tensor, previous: Previous,
+    sees: Collection[str],
+) -> View:  # fmt: skip
+    """What an agent sees: index (B,) of the puzzles, tokens and answers (B, S); an answer for an oracle alone."""
     key = rng.fold(torch.full_like(index, _KEY), index)
-    return View(output.state.z_H, output.logits, steps, (answers > 0).any(-1), key)
+    is_correct = _score(output.logits, answers)[0] if "is_correct" in sees else None
+    valid = (answers > 0).any(-1)
+    return View(output.state.z_H, output.logits, steps, valid, key, tokens, *previous, is_correct)
 
 
-def _row(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.view(-1, *(1 for _ in like.shape[1:]))
+class Segmented(NamedTuple):
+    """One segment of one batch of puzzles, as `views` gives it."""
+
+    first: int  # index of the first puzzle; row i is puzzle first + i
+    count: int  # rows that count: those behind them repeat the last puzzle
+    step: int  # 1..max_steps; a new batch begins at 1
+    view: View
+    exact: Tensor  # (B,) bool, whole answer right
+    token: Tensor  # (B,) float32, share of right cells
+
+
+@torch.no_grad()
+def views(
+    core: nn.Module, sees: Collection[str], puzzles: PuzzleSet, max_steps: int, batch_size: int = 256,
+    device: str | torch.device = "cpu", segment: Segment | None = None,
+) -> Iterator[Segmented]:  # fmt: skip
+    """Every puzzle through `max_steps` segments, batch by batch: what agents that ask for `sees` are shown.
+
+    The last batch is filled up with repeats so that shapes stay fixed. `segment` replaces the core's call.
+    """
+    segment = segment or core
+    for first in range(0, len(puzzles), batch_size):
+        index = torch.arange(first, first + batch_size).clamp(max=len(puzzles) - 1)
+        questions = puzzles.questions[index.to(puzzles.questions.device)].to(device).long()
+        answers = puzzles.answers[index.to(puzzles.answers.device)].to(device).long()
+        state, index = _first_state(core, batch_size), index.to(device)
+        previous = Previous.none_yet(sees, state.z_H, questions, puzzles.vocab_size)
+        for step in range(1, max_steps + 1):
+            output = segment(questions, state)
+            state = output.state
+            view = _view(output, torch.full_like(index, step), questions, answers, index, previous, sees)
+            count = min(batch_size, len(puzzles) - first)
+            yield Segmented(first, count, step, view, *_score(output.logits, answers))
+            previous = Previous.left_by(sees, state.z_H, output.logits)
 
 
 @torch.no_grad()
@@ -70,41 +112,45 @@ def trajectories(
 ) -> Trajectories:  # fmt: skip
     """Run every puzzle through `max_steps` segments. `segment` replaces the core's call (a compiled one).
 
-    The last batch is filled up with repeats so that shapes stay fixed; the repeats are not counted.
+    The agent starts with an empty memory and has its own back afterwards. UserError if what it returns is unsound.
     """
-    segment = segment or core
     agent_max = _set_max_steps(agent, max_steps + 1)  # so that only wishes count, not the budget
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[Tensor] = []
     q_parts: list[Tensor] = []
+    s_parts: list[Tensor] = []
     began = time.perf_counter()
     try:
-        for first in range(0, len(puzzles), batch_size):
-            index = torch.arange(first, first + batch_size).clamp(max=len(puzzles) - 1)
-            count = min(batch_size, len(puzzles) - first)
-            questions = puzzles.questions[index.to(puzzles.questions.device)].to(device).long()
-            answers = puzzles.answers[index.to(puzzles.answers.device)].to(device).long()
-            state, index = _first_state(core, batch_size), index.to(device)
-            rows, q_rows = [], []
-            for step in range(1, max_steps + 1):
-                output = segment(questions, state)
-                state = output.state
-                view = _view(output, torch.full_like(index, step), answers, index)
+        with agent.fresh_memory():
+            rows, q_rows, s_rows, faults = [], [], [], []
+            for first, count, step, view, *scored in views(
+                core, agent.sees, puzzles, max_steps, batch_size, device, segment
+            ):
                 q_logits = agent.scores(view.z_H)
-                wish = agent.act(view, q_logits) == HALT
-                rows.append(torch.stack((*(x.float() for x in _score(output.logits, answers)), wish.float())))
+                actions, fault = decide(agent, view, q_logits, where=f"step {step} of puzzles {first} and on")
+                rows.append(torch.stack((*(x.float() for x in scored), (actions == HALT).float())))
+                faults += [] if fault is None else [fault]
                 if q_logits is not None:
                     q_rows.append(q_logits)
-            parts.append(torch.stack(rows)[:, :, :count].cpu())
-            if q_rows:
-                q_parts.append(torch.stack(q_rows)[:, :count].float().cpu())
-            if progress:
-                progress(count)
+                if agent.last_score is not None:
+                    s_rows.append(agent.last_score)
+                if step < max_steps:
+                    continue
+                parts.append(torch.stack(rows)[:, :, :count].cpu())
+                for into, held in ((q_parts, q_rows), (s_parts, s_rows)):
+                    if held:
+                        into.append(torch.stack(held)[:, :count].float().cpu())
+                if faults:
+                    raise_fault(agent, torch.stack(faults).amax(), f"puzzles {first} and on")
+                rows, q_rows, s_rows, faults = [], [], [], []
+                if progress:
+                    progress(count)
     finally:
         _set_max_steps(agent, agent_max)
     joined = torch.cat(parts, dim=-1)
     return Trajectories(
         exact=joined[:, 0] > 0.5, token=joined[:, 1], wish=joined[:, 2] > 0.5,
         q_logits=torch.cat(q_parts, dim=1) if q_parts else None, seconds=time.perf_counter() - began,
+        scores=torch.cat(s_parts, dim=1) if s_parts else None,
     )  # fmt: skip
 
 
@@ -125,7 +171,10 @@ def solve(
     core: nn.Module, agent: HaltingAgent, puzzles: PuzzleSet, max_steps: int, batch_size: int = 256,
     device: str | torch.device = "cpu", segment: Segment | None = None,
 ) -> Solved:  # fmt: skip
-    """Halt for real: a slot that halts takes the next puzzle in the next core call."""
+    """Halt for real: a slot that halts takes the next puzzle in the next core call.
+
+    The agent starts with an empty memory and has its own back afterwards. UserError if what it returns is unsound.
+    """
     segment = segment or core
     agent_max = _set_max_steps(agent, max_steps)
     total, slots = len(puzzles), batch_size
@@ -136,31 +185,39 @@ def solve(
     index = torch.arange(slots, device=device).clamp(max=total - 1)
     waiting, calls = min(slots, total), 0
     state, steps = _first_state(core, slots), torch.zeros(slots, dtype=torch.int64, device=device)
+    vocab = puzzles.vocab_size
+    previous = Previous.none_yet(agent.sees, state.z_H, questions[index], vocab)
     busy = torch.arange(slots, device=device) < total
     began = time.perf_counter()
     try:
-        while True:
-            output = segment(questions[index], state)
-            calls, steps = calls + 1, steps + 1
-            view = _view(output, steps, answers[index], index)
-            ends = busy & ((agent.act(view) == HALT) | (steps >= max_steps))
-            state = output.state
-            ended = ends.nonzero()[:, 0]
-            if not len(ended):
-                continue
-            where = index[ended].cpu()
-            right, share = _score(output.logits[ended], answers[index[ended]])
-            exact[where], token[where], steps_used[where] = right.cpu(), share.cpu(), steps[ended].cpu()
-            given[where] = output.logits[ended].argmax(-1).to(torch.uint8).cpu()
-            fresh = torch.arange(waiting, waiting + len(ended), device=device)
-            waiting = min(total, waiting + len(ended))
-            busy[ended] = fresh < total
-            if not bool(busy.any()):
-                break
-            index[ended] = fresh.clamp(max=total - 1)
-            steps[ended] = 0
-            initial = _first_state(core, slots)
-            state = State(*(torch.where(_row(ends, z), z0, z) for z0, z in zip(initial, state, strict=True)))
+        with agent.fresh_memory():
+            while True:
+                tokens = questions[index]
+                output = segment(tokens, state)
+                calls, steps = calls + 1, steps + 1
+                view = _view(output, steps, tokens, answers[index], index, previous, agent.sees)
+                actions, fault = decide(agent, view, where=f"call {calls}")
+                ends = busy & ((actions == HALT) | (steps >= max_steps))
+                state = output.state
+                previous = Previous.left_by(agent.sees, state.z_H, output.logits)
+                ended = ends.nonzero()[:, 0]
+                raise_fault(agent, fault, f"call {calls}")
+                if not len(ended):
+                    continue
+                where = index[ended].cpu()
+                right, share = _score(output.logits[ended], answers[index[ended]])
+                exact[where], token[where], steps_used[where] = right.cpu(), share.cpu(), steps[ended].cpu()
+                given[where] = output.logits[ended].argmax(-1).to(torch.uint8).cpu()
+                fresh = torch.arange(waiting, waiting + len(ended), device=device)
+                waiting = min(total, waiting + len(ended))
+                busy[ended] = fresh < total
+                if not bool(busy.any()):
+                    break
+                index[ended] = fresh.clamp(max=total - 1)
+                steps = steps.masked_fill(ends, 0)  # not in place: an agent may have kept the view's
+                initial = _first_state(core, slots)
+                previous = Previous.none_yet(agent.sees, initial.z_H, questions[index], vocab).where(ends, previous)
+                state = State(*(choose(ends, z0, z) for z0, z in zip(initial, state, strict=True)))
     finally:
         _set_max_steps(agent, agent_max)
     return Solved(exact, token, steps_used, given, time.perf_counter() - began, calls * slots)

@@ -51,7 +51,8 @@ class FiniteWatch:
 def record(sums: Sums, slots: Slots, transition: Transition, losses: dict[str, Tensor], q: QLosses | None) -> None:
     """Add one update to the running sums; never waits for the device.
 
-    losses: scalars by tag ("loss/..."), not weighted but for the total.
+    losses: scalars by tag ("loss/...", and "agent/..." for the parts of an agent's own loss), not weighted but for
+    the total.
     """
     add, B = sums.add, slots.steps.shape[0]
     add("updates", torch.ones((), device=slots.steps.device))
@@ -77,7 +78,7 @@ def record(sums: Sums, slots: Slots, transition: Transition, losses: dict[str, T
 def averages(taken: dict[str, float]) -> dict[str, float]:
     """Metrics by tag from the sums that `Sums.take` returned."""
     updates, episodes = taken["updates"], taken["episodes"]
-    values = {tag: value / updates for tag, value in taken.items() if tag.startswith("loss/")}
+    values = {tag: value / updates for tag, value in taken.items() if tag.startswith(("loss/", "agent/"))}
     values["halt/episodes"] = episodes
     if episodes:
         values["halt/exact_accuracy"] = taken["exact"] / episodes

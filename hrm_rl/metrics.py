@@ -21,6 +21,8 @@ TAGS: dict[str, str] = {
     "loss/q_halt": "Binary cross entropy between q_halt and whether the answer is right, mean over slots.",
     "loss/q_continue": "Binary cross entropy between q_continue and its bootstrapped target, summed over the "
     "slots that have one and divided by all slots.",
+    "loss/agent": "Loss of an agent that learns by another rule than Q-targets, as it enters the total.",
+    "agent/NAME": "A part of such a loss, under the name that the agent gives it.",
     "halt/exact_accuracy": "Share of the episodes that ended whose whole answer was right at their halt.",
     "halt/token_accuracy": "Share of right cells at the halt, mean over the episodes that ended.",
     "halt/mean_steps": "Segments used by the episodes that ended: the unit of compute.",
@@ -94,9 +96,9 @@ class MetricsWriter:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line {"step": ..., tag: value, ...}; every tag must be in TAGS (KeyError otherwise)."""
+        """One line {"step": ..., tag: value, ...}; every tag must be in TAGS (KeyError otherwise), or agent/NAME."""
         for tag in values:
-            if tag not in TAGS:
+            if tag not in TAGS and not tag.startswith("agent/"):
                 raise KeyError(f"metric {tag!r} is not in hrm_rl.metrics.TAGS")
             self.board.add_scalar(tag, values[tag], step)
         self.file.write((json.dumps({"step": step, **values}) + "\n").encode())

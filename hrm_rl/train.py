@@ -27,13 +27,15 @@ DESCRIPTION = (
 
 def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
-    parser = build_parser()
-    options = cli.parse(parser, argv)
+    from agents.arguments import split_flags
+
+    words, agent_flags = split_flags(argv)
+    options = cli.parse(build_parser(), words)
     with contextlib.ExitStack() as stack:
         session = _Session(began, stack)
         if options.resume:
             return session.resume(Path(options.resume), options, argv)
-        return session.start(*read_options(options))
+        return session.start(*read_options(options, agent_flags))
 
 
 def build_parser():
@@ -43,29 +45,33 @@ def build_parser():
     parser = cli.make_parser("python -m hrm_rl.train", DESCRIPTION)
     parser.add_class_arguments(TrainConfig)
     parser.add_argument("--agent", type=str, default="auto",
-                        help="Halting agent: q, fixed, or an import path (my_package.my_file.MyAgent); auto is q, "
-                        "and fixed where objective=supervised")  # fmt: skip
+                        help="Halting agent: a short name (q, trm, confidence, ...: docs/PLUGINS.md) or an import path "
+                        "(my_package.my_file.MyAgent); auto is q, and fixed where objective=supervised. Its own "
+                        "arguments follow as --agent.NAME VALUE")  # fmt: skip
     parser.add_argument("--agent_args", type=dict, default={},
-                        help='Arguments of the agent, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
+                        help='Arguments of the agent in one piece, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
     parser.add_argument("--resume", type=str, default="",
                         help="Run folder to go on with (or one of its checkpoints); its own configuration counts, but "
                         "total_steps, time_budget, device and compile may be given anew")  # fmt: skip
     return parser
 
 
-def read_options(options) -> tuple:
-    """(TrainConfig, agent class, agent arguments) of parsed options."""
+def read_options(options, agent_flags: dict[str, str] | None = None) -> tuple:
+    """(TrainConfig, agent class, agent arguments) of parsed options; `agent_flags` win over agent_args."""
     from agents import find_agent
+    from agents.arguments import check_arguments
     from hrm_rl.config import TrainConfig
 
     values = options.clone().as_dict()
     for name in ("config", "resume", "agent", "agent_args"):
         values.pop(name, None)
-    config = TrainConfig.from_values(values)
+    with cli.blaming(options.config):
+        config = TrainConfig.from_values(values)
     agent = options.agent
     if agent == "auto":
         agent = "fixed" if config.objective == "supervised" else "q"
-    return config, find_agent(agent), dict(options.agent_args)
+    agent_class = find_agent(agent)
+    return config, agent_class, check_arguments(agent_class, dict(options.agent_args) | (agent_flags or {}))
 
 
 class _Session:
@@ -82,6 +88,7 @@ class _Session:
         from hrm_rl.checkpoint import lock_run, write_atomically
         from hrm_rl.devices import repeatable
         from hrm_rl.metrics import MetricsWriter
+        from hrm_rl.tasks.dataset import shared_puzzles
         from hrm_rl.trainer import Trainer, run_folder
 
         if config.name and (Path(config.out) / config.name).exists():
@@ -90,8 +97,12 @@ class _Session:
         print("loading puzzles and preparing the core (where it is compiled, about ten seconds) ...", flush=True)
         self.stack.enter_context(repeatable(config.deterministic, config.device))
         trainer = Trainer(config, agent_class, agent_arguments)  # before the folder: bad input leaves nothing behind
+        shared = shared_puzzles(trainer.puzzles, trainer.test_puzzles) if config.data or config.test_data else None
+        if shared:
+            print(f"warning: {shared}", file=sys.stderr)
         self.run = run_folder(trainer.config)
         self.lock = lock_run(self.run)
+        self.stack.callback(self.lock.close)
         content = trainer.config.to_values() | {
             "name": "",  # so that --config of this file makes a new folder
             "agent": f"{agent_class.__module__}.{agent_class.__qualname__}", "agent_args": agent_arguments,
@@ -107,6 +118,7 @@ class _Session:
 
         run, chosen = run_of(source)
         self.lock = lock_run(run)
+        self.stack.callback(self.lock.close)
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
         refused = given - {"resume", "total_steps", "time_budget", "device", "compile", "debug"}
         if refused:
@@ -174,7 +186,6 @@ class _Session:
             ) from error
         finally:
             progress.close()
-            self.lock.close()
         writer.close()
         if self.stop_signal:
             name = signal.Signals(self.stop_signal).name

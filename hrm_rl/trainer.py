@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 import hrm_rl  # noqa: F401 - registers the environments
-from agents import HaltingAgent, Transition, View, make_agent
+from agents import AgentLoss, HaltingAgent, Transition, View, decide, make_agent, raise_fault, view_of
 from agents.q_targets import QLosses
 from envs import HALT, Slots
-from hrm_rl import evaluation, measure, rng
+from hrm_rl import evaluation, measure
 from hrm_rl.config import TrainConfig, small_core
 from hrm_rl.core import CoreConfig, CoreOutput, HRMCore, State
 from hrm_rl.core.io import load_core, model_bytes
+from hrm_rl.core.q_head import QHead
 from hrm_rl.devices import can_compile, pick_device
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.losses import supervised_loss
@@ -103,6 +104,9 @@ class Trainer:
         self.core = core if core is not None else make_core(config, self.device)
         if isinstance(self.core, HRMCore):
             self.config = config = replace(config, core=self.core.config)  # what is written down is what runs
+        if "is_correct" in agent_class.sees:
+            why = "it looks at the answer, an upper bound for evaluation only"
+            raise UserError(f"agent {agent_class.__name__} cannot be trained with: {why}")
         self.agent = make_agent(agent_class, self.core, config.max_steps, config.bootstrap, agent_arguments)
         self.agent.to(self.device)
         self.learns_core = config.objective != "q"
@@ -113,6 +117,7 @@ class Trainer:
         self.agent.requires_grad_(self.learns_q)
         self.envs = self._make_envs()
         self.engine = self.envs.engine
+        self.engine.carry(self.agent.sees)
         self.compiled = self._compile()
         trained = {f"core.{n}": p for n, p in self.core.named_parameters()} if self.learns_core else {}
         if self.learns_q:
@@ -128,6 +133,7 @@ class Trainer:
         self.stored: Transition | None = None  # the decision before, for bootstrap=next_observation
         self.probe_target: Tensor | None = None
         self.previous: tuple[Tensor, Tensor] | None = None  # state one segment ago, kept at logged updates
+        self.fault: Tensor | None = None  # what is wrong with the agent's values, read at logged updates (not on a CPU)
         self.fewest_clues = int(self.puzzles.clues.min())
         self._set_clues()
         self.envs.reset(seed=config.seed)
@@ -220,7 +226,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self._average()
-        if self.config.bootstrap == "next_observation" and self.learns_q:
+        if self.config.bootstrap == "next_observation" and self.learns_q and self.agent.bootstraps:
             self.stored = transition._replace(view=view._replace(z_H=slots.z_H.detach(), logits=None), q_logits=None)
         self.step += 1
         self._set_clues()
@@ -231,13 +237,12 @@ class Trainer:
     def _decide(self, slots: Slots) -> tuple[View, Tensor | None, Tensor]:
         reaches_core = self.config.q_to_core and self.learns_core
         z_H = slots.z_H if reaches_core else slots.z_H.detach()
-        view = View(z_H, slots.logits.detach(), slots.steps, slots.valid, rng.fold(slots.key, slots.episode))
+        view = view_of(slots, z_H)
         q_logits = self.agent.scores(view.z_H)
-        actions = self.agent.act(view, None if q_logits is None else q_logits.detach(), explore=True)
-        if not isinstance(actions, Tensor) or actions.shape != slots.steps.shape:
-            got = tuple(getattr(actions, "shape", ())) or type(actions).__name__
-            where = f"agent {type(self.agent).__name__}, update {self.step + 1}"
-            raise UserError(f"{where}: act() must return a tensor ({len(slots.steps)},), not {got}")
+        seen = None if q_logits is None else q_logits.detach()
+        actions, fault = decide(self.agent, view, seen, where=f"update {self.step + 1}", explore=True)
+        if fault is not None:
+            self.fault = fault if self.fault is None else torch.maximum(self.fault, fault)
         return view, q_logits, actions
 
     def _losses(self, slots: Slots, transition: Transition) -> tuple[dict[str, Tensor], QLosses | None]:
@@ -252,9 +257,15 @@ class Trainer:
             learned_from = self._with_bootstrap(slots, transition)
             if learned_from is not None:
                 q = self.agent.loss(learned_from)
+            if isinstance(q, AgentLoss):
+                total.append(q.total)
+                losses["loss/agent"] = q.total
+                losses |= {f"agent/{name}": part for name, part in q.parts.items()}
+                q = None
+            elif q is not None:
                 total += [c.halt_weight * q.halt.sum() / B, c.continue_weight * q.cont.sum() / B]
             else:  # the first update of next_observation has no decision behind it
-                total.append(transition.q_logits.sum() * 0)
+                total.append(sum(p.sum() * 0 for p in self.agent.parameters()))
         if q is not None:
             losses |= {"loss/q_halt": q.halt.sum() / B, "loss/q_continue": q.cont.sum() / B}
         losses["loss/total"] = sum(total)
@@ -262,7 +273,7 @@ class Trainer:
 
     def _with_bootstrap(self, slots: Slots, transition: Transition) -> Transition | None:
         """The transition to learn from, with the observation its continue target is read from."""
-        mode = self.config.bootstrap
+        mode = self.config.bootstrap if self.agent.bootstraps else "none"
         if mode == "next_observation":
             if self.stored is None:
                 return None
@@ -288,6 +299,7 @@ class Trainer:
 
     def _details(self, slots: Slots, norms: dict[str, Tensor]) -> dict[str, float]:
         """What is measured at logged updates only (waits for the device)."""
+        raise_fault(self.agent, self.fault, f"update {self.step + 1} or one since the last logged update")
         values = {"optim/lr": self.schedule() * self.config.optim.lr}
         values |= {tag: norm.item() for tag, norm in norms.items()} | measure.memory_and_files()
         largest = max(p.detach().abs().max().item() for p in self.trained.values())
@@ -311,7 +323,10 @@ class Trainer:
         tokens = self.test_puzzles.questions[:count].to(self.device).long()
         output = self.core(tokens, self.core.initial_state(count))
         output = self.core(tokens, output.state)
-        target = self.agent.scores(output.state.z_H).amax(dim=-1).sigmoid()
+        q_logits = self.agent.scores(output.state.z_H)
+        if q_logits is None:
+            return {}
+        target = q_logits.amax(dim=-1).sigmoid()
         before, self.probe_target = self.probe_target, target
         return {} if before is None else {"q/target_drift": (target - before).abs().mean().item()}
 
@@ -364,7 +379,8 @@ class Trainer:
         """The model file's content (evaluation weights)."""
         core, agent = self.evaluation_models()
         meta = {"max_steps": self.config.max_steps, "bootstrap": self.config.bootstrap, **(meta or {})}
-        return model_bytes(core, getattr(agent, "q_head", None), meta)
+        q_head = getattr(agent, "q_head", None)
+        return model_bytes(core, q_head if isinstance(q_head, QHead) else None, meta, agent)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain values): everything a checkpoint needs to go on number for number."""
@@ -374,12 +390,12 @@ class Trainer:
         tensors |= {f"optim.{n}": t for n, t in state_tensors(self.optimizers).items()}
         slots = self.envs.state_dict()
         tensors |= {f"slots.{n}": t for n, t in slots.items() if isinstance(t, Tensor)}
+        tensors |= {f"memory.{n}": t for n, t in self.agent.memory.items()}
         tensors |= {f"sums.{n}": t for n, t in self.sums.values.items()}
         if self.stored is not None:
             s = self.stored
-            tensors |= {"stored.z_H": s.view.z_H, "stored.steps": s.view.steps, "stored.valid": s.view.valid,
-                        "stored.key": s.view.key, "stored.actions": s.actions, "stored.is_correct": s.is_correct,
-                        "stored.ended": s.ended}  # fmt: skip
+            tensors |= {f"stored.{n}": t for n, t in s.view._asdict().items() if t is not None}
+            tensors |= {"stored.actions": s.actions, "stored.is_correct": s.is_correct, "stored.ended": s.ended}
         if self.device.type == "cuda":
             tensors["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if self.probe_target is not None:
@@ -408,6 +424,7 @@ class Trainer:
         for name, value in part("ema.").items():
             self.ema[name].copy_(value)
         load_state_tensors(self.optimizers, part("optim."))
+        self.agent.memory.update(part("memory."))
         self.sums.values = part("sums.")
         self.step, self.elapsed = plain["step"], plain["elapsed"]
         torch.set_rng_state(torch.tensor(plain["torch_rng"], dtype=torch.uint8))
@@ -415,7 +432,7 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["cuda_rng"], self.device)
         stored = part("stored.")
         if stored:
-            view = View(stored["z_H"], None, stored["steps"], stored["valid"], stored["key"])
+            view = View(**{n: stored.get(n) for n in View._fields if n != "is_correct"})
             self.stored = Transition(view, None, stored["actions"], stored["is_correct"], None, stored["ended"])
         if "probe_target" in tensors:
             self.probe_target = tensors["probe_target"].to(self.device)

@@ -257,6 +257,7 @@ def test_damaged_checkpoints(place, monkeypatch, capsys):
         assert said.startswith(f"{name}.safetensors: not a readable safetensors file")
     flags = ["--data", "good.csv", "--test-data", "good.csv", "--total-steps", "1", "--eval-every", "0", "--name", "a"]
     assert train.main(["--config", "small.yaml", *flags]) == 0
+    assert capsys.readouterr().err.startswith("warning: good.csv: 1 of 1 questions and 1 of 1 solution grids stand in")
     (step,) = checkpoint.list_checkpoints(Path("runs/a"))
     for name in ("model.safetensors", "train.safetensors", "state.json"):
         kept = (step / name).read_bytes()

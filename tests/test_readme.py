@@ -1,5 +1,6 @@
 """What the README shows is what runs."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_the_agent_example_evaluates(tmp_path):
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     (tmp_path / "my_agent.py").write_text(example)
     command = [sys.executable, "-m", "hrm_rl.evaluate", "--agent", "my_agent.ConfidentAgent", "--limit", "32",
-               "--agent-args", '{"tau": 0.5}']  # fmt: skip
+               "--agent.threshold", "0.5"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}, text=True,
                           capture_output=True, timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -34,6 +35,7 @@ def test_the_agent_example_evaluates(tmp_path):
 
 
 def test_every_flag_it_shows_exists():
+    from agents import HaltingAgent, find_agent
     from hrm_rl.evaluate import build_parser as evaluate_parser
     from hrm_rl.train import build_parser as train_parser
 
@@ -45,6 +47,11 @@ def test_every_flag_it_shows_exists():
     assert len(shown) > 8
     for command, rest in shown:
         for flag in re.findall(r"--([a-z][a-z_.\-]*)", rest):
+            if flag.startswith("agent."):  # an argument of the agent's own
+                name = re.search(r"--agent ([\w.]+)", rest)
+                agent_class = HaltingAgent if name and "my_agent" in name[1] else find_agent(name[1] if name else "q")
+                assert flag.removeprefix("agent.") in inspect.signature(agent_class).parameters, flag
+                continue
             assert flag.replace("-", "_") in known[command], f"{command} has no --{flag}"
 
 

@@ -1,8 +1,8 @@
 """Models on disk: safetensors with the configuration in the header, never code.
 
-One file holds a core (`core.*`), optionally a Q-head (`q_head.*`), and in its metadata the format, the
-core's configuration and what the model was trained with. Names map one to one to the released checkpoints
-(`core/released.py`).
+One file holds a core (`core.*`), optionally a Q-head (`q_head.*`) and other weights of an agent (`agent.*`),
+and in its metadata the format, the core's configuration and what the model was trained with. Names map one to
+one to the released checkpoints (`core/released.py`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ _LARGEST_HEADER = 1 << 24  # bytes; a thousand tensors need less than a hundredt
 
 @dataclass(frozen=True)
 class LoadedCore:
-    """A core read from disk. `q_head` is None where the file holds none; `meta` is what its writer noted."""
+    """A core read from disk. `q_head` is None where the file holds none; `meta` is what its writer noted.
+
+    agent_tensors: what the file holds of an agent's own weights beside a Q-head, by their names in the agent.
+    """
 
     core: HRMCore
     q_head: QHead | None
     source: str
     meta: dict = field(default_factory=dict)
+    agent_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def packaged_core(size: int = 9) -> Path:
@@ -77,11 +81,16 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def model_bytes(core: HRMCore, q_head: nn.Module | None, meta: dict | None = None) -> bytes:
-    """The file's content. `meta` must be JSON."""
+def model_bytes(
+    core: HRMCore, q_head: nn.Module | None, meta: dict | None = None, agent: nn.Module | None = None
+) -> bytes:
+    """The file's content. `meta` must be JSON; of `agent` all weights but those of a `q_head` are written as agent.*"""
     tensors = {f"core.{name}": value for name, value in core.state_dict().items()}
     if q_head is not None:
         tensors |= {f"q_head.{name}": value for name, value in q_head.state_dict().items()}
+    if agent is not None:
+        own = {n: t for n, t in agent.state_dict().items() if q_head is None or not n.startswith("q_head.")}
+        tensors |= {f"agent.{name}": value for name, value in own.items()}
     header = {"format": FORMAT, "core": json.dumps(asdict(core.config)), "meta": json.dumps(meta or {})}
     return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, header)
 
@@ -153,11 +162,12 @@ def load_core(source: str | Path | None = None, device: str | torch.device = "cp
     path = packaged_core(size) if source is None else find_model(source)
     try:
         if is_released(path):
-            config, meta, core_tensors, head_tensors = read_released(path)
+            (config, meta, core_tensors, head_tensors), agent_tensors = read_released(path), {}
         else:
             config, meta, tensors = read_header(path)
             core_tensors = {n[5:]: t for n, t in tensors.items() if n.startswith("core.")}
             head_tensors = {n[7:]: t for n, t in tensors.items() if n.startswith("q_head.")}
+            agent_tensors = {n[6:]: t.to(device) for n, t in tensors.items() if n.startswith("agent.")}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if config.dtype == "bfloat16" and pick_dtype("auto", torch.device(device)) != "bfloat16":
@@ -174,7 +184,7 @@ def load_core(source: str | Path | None = None, device: str | torch.device = "cp
         _compare(q_head, head_tensors, path)
         q_head.load_state_dict(head_tensors)
         q_head.to(device)
-    return LoadedCore(core.to(device), q_head, str(path), meta)
+    return LoadedCore(core.to(device), q_head, str(path), meta, agent_tensors)
 
 
 def _compare(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -158,7 +158,9 @@ def test_a_slot_does_not_depend_on_how_many_there_are(puzzles, core):
 @pytest.mark.parametrize("tensors", ["numpy", "torch"])
 def test_state_dict_restores_exactly(puzzles, core, tensors, tmp_path):
     def make():
-        return SudokuHaltVectorEnv(SLOTS, data=puzzles, core=core, max_steps=3, tensors=tensors)
+        made = SudokuHaltVectorEnv(SLOTS, data=puzzles, core=core, max_steps=3, tensors=tensors)
+        made.engine.carry(("previous_z_H", "previous_answer", "previous_logits"))
+        return made
 
     actions = random_actions(10)
     env = make()
