@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from hrm_rl.errors import UserError, nearest
 
@@ -23,7 +23,8 @@ def parse(parser, argv: Sequence[str]):
     """Parse; flags may be spelt with - or _. UserError in one line for anything that does not fit."""
     from jsonargparse import ArgumentError
 
-    argv = [_flag(word) for word in argv]
+    own = {action.dest for action in parser._actions}
+    argv = [_flag(word, own) for word in argv]
     try:
         return parser.parse_args(argv)
     except (ArgumentError, TypeError, ValueError) as error:
@@ -36,13 +37,16 @@ def parse(parser, argv: Sequence[str]):
 ALIASES = {"dtype": "core.dtype"}
 
 
-def _flag(word: str) -> str:
-    """--q-to-core=x -> --q_to_core=x, --dtype -> --core.dtype; values and single dashes stay as they are."""
+def _flag(word: str, own: Container[str] = ()) -> str:
+    """--q-to-core=x -> --q_to_core=x, --dtype -> --core.dtype; values and single dashes stay as they are.
+
+    A short spelling that is one of the parser's `own` flags is no alias.
+    """
     match = re.match(r"--([A-Za-z][\w.\-]*)(=.*)?$", word, re.DOTALL)
     if match is None:
         return word
     name = match[1].replace("-", "_")
-    return f"--{ALIASES.get(name, name)}{match[2] or ''}"
+    return f"--{name if name in own else ALIASES.get(name, name)}{match[2] or ''}"
 
 
 def _one_line(message: str, parser) -> str:
