@@ -13,7 +13,6 @@ A compiled figure is refused where part of it ran uncompiled.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -21,13 +20,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hrm_rl import cli
 from hrm_rl.errors import UserError, nearest
+from hrm_rl.timing import (
+    CompileGuard,
+    Peak,
+    high_water,
+    interleave,
+    progress,
+    seconds_of,
+    spread,
+    synchronise,
+    times_in,
+    write_trace,
+)
 
 SETTLE = 3  # updates before anything is timed: the first one compiles, the second one makes the optimiser's state
 MEMORY_UPDATES = 3  # updates over which the high-water mark is taken
@@ -224,173 +235,11 @@ def _choices(flag: str, given: str, allowed: Sequence[str]) -> list[str]:
 
 
 def _set_threads(threads: int) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is loaded: the profiler keeps quiet
     import torch
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler is not asked to talk
     if threads:
         torch.set_num_threads(threads)
-
-
-# --- what everything is measured with -----------------------------------------------------------------------
-
-
-def _synchronise(device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _seconds(function: Callable[[], object], device, times: int = 1) -> float:
-    """Wall-clock of `times` calls, with all of the device's work done at both ends."""
-    _synchronise(device)
-    began = time.perf_counter()
-    for _ in range(times):
-        function()
-    _synchronise(device)
-    return time.perf_counter() - began
-
-
-def _times(function: Callable[[], object], device, seconds: float) -> int:
-    """How many calls take about `seconds`; at least one."""
-    return max(1, round(seconds / max(_seconds(function, device), 1e-9)))
-
-
-class Peak:
-    """Matrix products as fast as this machine does them: the best of a few sizes, in one dtype."""
-
-    def __init__(self, dtype: str, device, sizes: Sequence[int] = ()):
-        import torch
-
-        self.device, self.runs = device, []
-        for size in sizes or ((4096, 8192, 16384) if device.type == "cuda" else (1024, 1536, 2048)):
-            a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-            out = torch.empty_like(a)
-            self.runs.append((2 * size**3, lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
-        self.measure()  # warms up
-
-    def measure(self) -> float:
-        """Floating-point operations a second, now."""
-        return max(2 * flops / _seconds(run, self.device, 2) for flops, run in self.runs)
-
-
-@contextlib.contextmanager
-def high_water(device) -> Iterator[dict[str, int | None]]:
-    """Fills in "bytes": peak memory while the context was open.
-
-    On a GPU what tensors took; on a CPU the resident high-water mark of the process, from a counter reset here
-    (Linux; elsewhere the mark of the process's whole life).
-    """
-    import resource
-
-    import torch
-
-    taken: dict[str, int | None] = {"bytes": None}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    yield taken
-    if device.type == "cuda":
-        taken["bytes"] = torch.cuda.max_memory_allocated(device)
-        return
-    try:
-        status = Path("/proc/self/status").read_text()
-        taken["bytes"] = next(1024 * int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        taken["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class CompileGuard:
-    """Refuses figures of "compiled" functions that ran uncompiled, in part or at times."""
-
-    def __init__(self):
-        from torch._dynamo.utils import counters
-
-        self.counters = counters
-        self.counters.clear()
-
-    def graphs(self) -> int:
-        return int(self.counters["stats"].get("unique_graphs", 0))
-
-    def check(self, name: str, run: Callable[[], object], engine) -> None:
-        """Run once more and look: every call of the core must be one compiled graph. UserError otherwise."""
-        import torch
-
-        breaks = [str(reason).split("\n")[0] for reason in self.counters["graph_break"]]
-        if breaks:
-            raise UserError(f"{name}: not reported, the compiled graph is broken ({breaks[0]})")
-        if not self.graphs():
-            raise UserError(f"{name}: not reported, nothing was compiled (torch.compile fell back to eager)")
-        calls = 0
-
-        def counting(function):
-            def call(*arguments):
-                nonlocal calls
-                calls += 1
-                return function(*arguments)
-
-            return call
-
-        own = engine.run_prefix, engine.run_tail
-        engine.run_prefix, engine.run_tail = map(counting, own)
-        try:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-                run()
-        finally:
-            engine.run_prefix, engine.run_tail = own
-        regions = sum(e.count for e in profiler.key_averages() if e.key.startswith("Torch-Compiled Region"))
-        if regions != calls:
-            raise UserError(
-                f"{name}: not reported, {calls} calls of the core ran {regions} compiled graphs "
-                "(torch.compile fell back to eager)"
-            )
-
-    def check_same(self, before: int) -> None:
-        """UserError if something was compiled since `graphs()` was `before`."""
-        if self.graphs() != before:
-            raise UserError(f"not reported: {self.graphs() - before} graphs were compiled again during the timed repeats")
-
-
-def write_trace(path: str, run: Callable[[], object], device, times: int = 3) -> list[list]:
-    """Chrome trace of `times` calls; returns the operations that took longest: [name, calls, milliseconds a call]."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as profiler:
-        for _ in range(times):
-            run()
-        _synchronise(device)
-    profiler.export_chrome_trace(path)
-    took = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, took))
-    return [[e.key, e.count / times, getattr(e, took) / times / 1e3] for e in events[:25]]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range of repeats."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def _progress(total: int):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="repeat", disable=None, leave=False, file=sys.stderr)
-
-
-def _interleave(repeats: int, runs: Sequence[Callable[[], Any]]) -> list[list[Any]]:
-    """Results of every run, repeat by repeat; every other repeat goes through them backwards."""
-    results: list[list[Any]] = [[] for _ in runs]
-    with _progress(repeats) as bar:
-        for repeat in range(repeats):
-            numbered = list(enumerate(runs))
-            for number, run in reversed(numbered) if repeat % 2 else numbered:
-                results[number].append(run())
-            bar.update()
-    return results
 
 
 # --- train --------------------------------------------------------------------------------------------------
@@ -483,13 +332,13 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
         for _ in range(SETTLE):
             trainer.update()
     _check_compiled(guard, trainers)
-    counts = {name: _times(trainer.update, device, options.seconds) for name, trainer in trainers.items()}
+    counts = {name: times_in(trainer.update, device, options.seconds) for name, trainer in trainers.items()}
     dtypes = sorted({trainer.config.core.dtype for trainer in trainers.values()})
     peaks = [Peak(dtype, device) for dtype in dtypes]
     graphs = guard.graphs()
-    timed = [lambda t=trainer, n=counts[name]: n * t.config.num_envs / _seconds(t.update, device, n)
+    timed = [lambda t=trainer, n=counts[name]: n * t.config.num_envs / seconds_of(t.update, device, n)
              for name, trainer in trainers.items()]  # fmt: skip
-    results = _interleave(options.repeats, [*timed, *(peak.measure for peak in peaks)])
+    results = interleave(options.repeats, [*timed, *(peak.measure for peak in peaks)])
     guard.check_same(graphs)
     _check_compiled(guard, trainers)
     peak_of = {dtype: spread(values) for dtype, values in zip(dtypes, results[len(timed) :], strict=True)}
@@ -551,7 +400,7 @@ def _environment_share(trainer, updates: int = 5) -> float:
                 nonlocal result
                 result = function(*arguments, **keywords)
 
-            inside[part] += _seconds(run, trainer.device)
+            inside[part] += seconds_of(run, trainer.device)
             return result
 
         return call
@@ -609,12 +458,12 @@ def _fresh_process() -> int:
 
     trainer = make_trainer(TrainConfig.from_values(order["config"]))
     trainer.update()
-    _synchronise(trainer.device)
+    synchronise(trainer.device)
     started = time.time() - order["began"]
     for _ in range(SETTLE):
         trainer.update()
     with high_water(trainer.device) as peak:
-        _seconds(trainer.update, trainer.device, MEMORY_UPDATES)
+        seconds_of(trainer.update, trainer.device, MEMORY_UPDATES)
     print(json.dumps({"peak_memory": peak["bytes"], "seconds_to_first_update": started}))
     return 0
 
@@ -651,7 +500,8 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))
     learned = make_agent(find_agent("q"), core, max_steps, loaded.meta.get("bootstrap", "extra_forward"), {})
     learned.q_head.load_state_dict(loaded.q_head.state_dict())
-    agents = {"learned halt": learned.to(device), f"fixed at {max_steps}": make_agent(find_agent("fixed"), core, max_steps, None, {})}  # fmt: skip
+    fixed = make_agent(find_agent("fixed"), core, max_steps, None, {})
+    agents = {"learned halt": learned.to(device), f"fixed at {max_steps}": fixed}
     puzzles = user_puzzles(None, round(core.config.seq_len**0.5), "test", options.limit)
 
     class Engine:  # what CompileGuard looks at
@@ -677,7 +527,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     peak = Peak(core.config.dtype, device)
     graphs = guard.graphs()
     with high_water(device) as memory:
-        results = _interleave(options.repeats, [*runs.values(), peak.measure])
+        results = interleave(options.repeats, [*runs.values(), peak.measure])
     guard.check_same(graphs)
     top, flops, rows = statistics.median(results[-1]), segment_flops(core.config).forward, []
     for label, solved in zip(runs, results, strict=False):
@@ -686,14 +536,16 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
         rates = [len(puzzles) / s.seconds for s in solved]
         rows.append({
             "name": label, "puzzles_per_second": spread(rates), "repeats": rates,
-            "mean_steps": solved[0].steps.double().mean().item(), "exact_accuracy": solved[0].exact.double().mean().item(),
+            "mean_steps": solved[0].steps.double().mean().item(),
+            "exact_accuracy": solved[0].exact.double().mean().item(),
             "busy": int(solved[0].steps.sum()) / solved[0].segments_run,
             "utilisation": statistics.median(s.segments_run * flops / s.seconds for s in solved) / top,
         })  # fmt: skip
     ratios = []
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         pairs = [a / b for a, b in zip(first["repeats"], second["repeats"], strict=True)]
-        ratios.append({"name": first["name"], "ratio": spread(pairs), "goal": HALT_GOAL * max_steps / first["mean_steps"]})
+        goal = HALT_GOAL * max_steps / first["mean_steps"]
+        ratios.append({"name": first["name"], "ratio": spread(pairs), "goal": goal})
     first_run = next(iter(runs.values()))
     return {
         "what": "evaluate", "model": loaded.source, "puzzles": len(puzzles), "batch_size": options.batch_size,
@@ -730,22 +582,22 @@ def bench_env(options: EnvBench) -> dict[str, Any]:
         values["core"] = dict(values.get("core", {})) | {"dtype": dtype}
         core = HRMCore(TrainConfig.from_values(values).core, torch.Generator().manual_seed(0))
     core.to(device)
-    steppers, inside = {}, {}
+    steppers, inside, slots = {}, {}, options.num_envs or 64
     for form in forms:
-        envs = gym.make_vec("SudokuHalt-v0", num_envs=options.num_envs or 64, core=core, tensors=form, device=str(device))
-        envs = envs.unwrapped
+        made = gym.make_vec("SudokuHalt-v0", num_envs=slots, core=core, tensors=form, device=str(device))
+        envs = made.unwrapped
         envs.reset(seed=0)
-        actions = torch.randint(2, (options.num_envs or 64,), generator=torch.Generator().manual_seed(0)).to(device)
+        actions = torch.randint(2, (slots,), generator=torch.Generator().manual_seed(0)).to(device)
         actions = actions if form == "torch" else actions.cpu().numpy()
         steppers[form] = lambda envs=envs, actions=actions: envs.step(actions)
         inside[form] = envs
     for step in steppers.values():
         for _ in range(SETTLE):
             step()
-    counts = {form: _times(step, device, options.seconds) for form, step in steppers.items()}
+    counts = {form: times_in(step, device, options.seconds) for form, step in steppers.items()}
     with high_water(device) as memory:
-        results = _interleave(options.repeats, [
-            lambda f=form: counts[f] * inside[f].num_envs / _seconds(steppers[f], device, counts[f]) for form in forms
+        results = interleave(options.repeats, [
+            lambda f=form: counts[f] * inside[f].num_envs / seconds_of(steppers[f], device, counts[f]) for form in forms
         ])  # fmt: skip
     rows = [
         {"name": form, "steps_per_second": spread(rates), "repeats": rates,
@@ -754,7 +606,7 @@ def bench_env(options: EnvBench) -> dict[str, Any]:
     ]  # fmt: skip
     first = steppers[forms[0]]
     return {
-        "what": "env", "model": options.model, "num_envs": options.num_envs or 64, "dtype": core.config.dtype,
+        "what": "env", "model": options.model, "num_envs": slots, "dtype": core.config.dtype,
         "variants": rows, "peak_memory": memory["bytes"],
         "trace": write_trace(options.profile, first, device) if options.profile else None,
     }  # fmt: skip
@@ -767,10 +619,10 @@ def _step_share(envs, step: Callable[[], object], device, steps: int = 10) -> fl
     def timing(function):
         def call(*arguments):
             nonlocal inside
-            _synchronise(device)
+            synchronise(device)
             began = time.perf_counter()
             result = function(*arguments)
-            _synchronise(device)
+            synchronise(device)
             inside += time.perf_counter() - began
             return result
 
@@ -782,7 +634,7 @@ def _step_share(envs, step: Callable[[], object], device, steps: int = 10) -> fl
     try:
         for _ in range(steps):
             inside = 0.0
-            whole = _seconds(step, device)
+            whole = seconds_of(step, device)
             shares.append((whole - inside) / whole)
     finally:
         envs.engine.run_prefix, envs.engine.run_tail = own
@@ -797,10 +649,10 @@ def bench_generate(options: GenerateBench) -> dict[str, Any]:
 
     generate_puzzles(PuzzleSpec(side=4, count=1, grid_classes=1))  # compiles
     device, rates, cores = torch.device("cpu"), [], []
-    with high_water(device) as memory, _progress(options.repeats) as bar:
+    with high_water(device) as memory, progress(options.repeats) as bar:
         for seed in range(options.repeats):
             spec, used = PuzzleSpec(side=options.side, count=options.count, seed=seed), time.process_time()
-            seconds = _seconds(lambda spec=spec: generate_puzzles(spec), device)
+            seconds = seconds_of(lambda spec=spec: generate_puzzles(spec), device)
             rates.append(options.count / seconds)
             cores.append((time.process_time() - used) / seconds)
             bar.update()
@@ -861,15 +713,18 @@ def _train_lines(result: dict[str, Any]) -> list[str]:
     for row in rows:
         goal = UTILISATION_GOALS.get((result["model"], row["dtype"]))
         if goal and row["compiled"]:
-            lines.append(f"{row['name']}: {row['utilisation']:.1%} used, {_goal(row['utilisation'] >= goal, f'{goal:.0%}')}")
+            used = row["utilisation"]
+            lines.append(f"{row['name']}: {used:.1%} used, {_goal(used >= goal, f'{goal:.0%}')}")
     worst = max(row["environment_share"] for row in rows)
     lines.append(f"environment beside the core: {worst:.1%} of its time at most, {_goal(worst < ENV_GOAL, '3 %')}")
-    starts = [row["seconds_to_first_update"] for row in rows if "seconds_to_first_update" in row and not row["compiled"]]
+    starts = [row["seconds_to_first_update"] for row in rows if not row["compiled"] and "peak_memory" in row]
     if starts:
         lines.append(f"first update, uncompiled: after {max(starts):.1f} s, {_goal(max(starts) < START_GOAL, '10 s')}")
-    lines.append("used: share of the matrix products' speed; equiv.: the same had each sample cost the published step's "
-                 "arithmetic; env: share of the environment's time that is not the core; MiB: peak, and start s: seconds "
-                 "to the first update, of a fresh process (compiled: with the compiler's cache warm)")  # fmt: skip
+    lines.append(
+        "used: share of the matrix products' speed; equiv.: the same if a sample always cost the published step's "
+        "arithmetic;\nenv: share of the environment's time that is not the core; MiB: peak memory, and start s: "
+        "seconds to the first update,\nboth of a fresh process (a compiled one finds the compiler's cache warm)"
+    )
     return lines
 
 
