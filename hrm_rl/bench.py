@@ -32,6 +32,7 @@ from hrm_rl.timing import (
     Peak,
     high_water,
     interleave,
+    packed_peaks,
     progress,
     seconds_of,
     spread,
@@ -334,14 +335,17 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
     _check_compiled(guard, trainers)
     counts = {name: times_in(trainer.update, device, options.seconds) for name, trainer in trainers.items()}
     dtypes = sorted({trainer.config.core.dtype for trainer in trainers.values()})
-    peaks = [Peak(dtype, device) for dtype in dtypes]
+    peaks, packed = [Peak(dtype, device) for dtype in dtypes], packed_peaks(dtypes, device)
     graphs = guard.graphs()
     timed = [lambda t=trainer, n=counts[name]: n * t.config.num_envs / seconds_of(t.update, device, n)
              for name, trainer in trainers.items()]  # fmt: skip
-    results = interleave(options.repeats, [*timed, *(peak.measure for peak in peaks)])
+    machine = [peak.measure for peak in (*peaks, *packed.values())]
+    results = interleave(options.repeats, [*timed, *machine])
     guard.check_same(graphs)
     _check_compiled(guard, trainers)
-    peak_of = {dtype: spread(values) for dtype, values in zip(dtypes, results[len(timed) :], strict=True)}
+    speeds = [spread(values) for values in results[len(timed) :]]
+    peak_of = dict(zip(dtypes, speeds[: len(dtypes)], strict=True))
+    packed_of = dict(zip(packed, speeds[len(dtypes) :], strict=True))
     rows = []
     for (name, trainer), rates in zip(trainers.items(), results, strict=False):
         c = trainer.config
@@ -363,7 +367,8 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
             row |= fresh(configs[row["name"]])
     return {
         "what": "train", "model": options.train_config or options.model, "variants": rows, "peaks": peak_of,
-        "core": asdict(next(iter(trainers.values())).config.core), "ratios": _bootstrap_ratios(rows), "trace": trace,
+        "packed_peaks": packed_of, "core": asdict(next(iter(trainers.values())).config.core),
+        "ratios": _bootstrap_ratios(rows), "trace": trace,
     }  # fmt: skip
 
 
@@ -696,6 +701,9 @@ def _train_lines(result: dict[str, Any]) -> list[str]:
     width = max(len(row["name"]) for row in rows) + 2
     lines = [f"model {result['model']}, {rows[0]['num_envs']} slots; matrix products reach "
              + ", ".join(f"{p['median'] / 1e9:,.0f} GFLOP/s in {d}" for d, p in result["peaks"].items())]  # fmt: skip
+    if result["packed_peaks"]:
+        lines.append("oneDNN with packed weights, for comparison: " + ", ".join(
+            f"{p['median'] / 1e9:,.0f} in {d}" for d, p in result["packed_peaks"].items()))  # fmt: skip
     lines.append(f"{'variant':<{width}}{'samples/s (range)':>24}{'GFLOP':>8}{'used':>7}{'equiv.':>8}{'env':>7}"
                  f"{'MiB':>8}{'start s':>9}")  # fmt: skip
     for row in rows:
@@ -721,7 +729,7 @@ def _train_lines(result: dict[str, Any]) -> list[str]:
     if starts:
         lines.append(f"first update, uncompiled: after {max(starts):.1f} s, {_goal(max(starts) < START_GOAL, '10 s')}")
     lines.append(
-        "used: share of the matrix products' speed; equiv.: the same if a sample always cost the published step's "
+        "used: share of the speed of torch.mm; equiv.: the same if a sample always cost the published step's "
         "arithmetic;\nenv: share of the environment's time that is not the core; MiB: peak memory, and start s: "
         "seconds to the first update,\nboth of a fresh process (a compiled one finds the compiler's cache warm)"
     )
@@ -738,7 +746,7 @@ def _evaluate_lines(result: dict[str, Any]) -> list[str]:
     for ratio in result["ratios"]:
         lines.append(f"{ratio['name']}: {ratio['ratio']['median']:.2f} times the rate of {result['max_steps']} steps, "
                      + _goal(ratio["ratio"]["median"] >= ratio["goal"], f"{ratio['goal']:.2f}"))  # fmt: skip
-    lines.append("busy: share of the segments run that a puzzle needed; used: share of the matrix products' speed")
+    lines.append("busy: share of the segments run that a puzzle needed; used: share of the speed of torch.mm")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -36,21 +37,48 @@ def times_in(function: Callable[[], object], device, seconds: float) -> int:
 
 
 class Peak:
-    """Matrix products as fast as this machine does them: the best of a few sizes, in one dtype."""
+    """Matrix products as fast as this machine does them: the best of a few sizes, in one dtype.
 
-    def __init__(self, dtype: str, device, sizes: Sequence[int] = ()):
+    By torch.mm; or, with `packed`, by oneDNN on a weight laid out for it beforehand, which some CPUs do faster
+    (RuntimeError where this build of torch or this CPU cannot).
+    """
+
+    def __init__(self, dtype: str, device, sizes: Sequence[int] = (), packed: bool = False):
         import torch
 
         self.device, self.runs = device, []
         for size in sizes or ((4096, 8192, 16384) if device.type == "cuda" else (1024, 1536, 2048)):
             a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-            out = torch.empty_like(a)
-            self.runs.append((2 * size**3, lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
+            if packed:
+                b, linear = _pack(b, size), torch.ops.mkldnn._linear_pointwise
+                run = functools.partial(linear, a, b, None, "none", [], "")
+            else:
+                run = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+            self.runs.append((2 * size**3, run))
         self.measure()  # warms up
 
     def measure(self) -> float:
         """Floating-point operations a second, now."""
         return max(2 * flops / seconds_of(run, self.device, 2) for flops, run in self.runs)
+
+
+def _pack(weight, rows: int):
+    """A weight (out, in) in oneDNN's own layout for `rows` rows of input."""
+    import torch
+
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    except (AttributeError, NotImplementedError) as error:
+        raise RuntimeError("oneDNN packs no weights here") from error
+
+
+def packed_peaks(dtypes: Sequence[str], device) -> dict[str, Peak]:
+    """`Peak` of packed products for the dtypes that have one on this device."""
+    peaks = {}
+    for dtype in dtypes:
+        with contextlib.suppress(RuntimeError):
+            peaks[dtype] = Peak(dtype, device, packed=True)
+    return peaks
 
 
 @contextlib.contextmanager
