@@ -236,7 +236,7 @@ def _choices(flag: str, given: str, allowed: Sequence[str]) -> list[str]:
 
 
 def _set_threads(threads: int) -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is loaded: the profiler keeps quiet
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the profiler keeps quiet
     import torch
 
     if threads:
