@@ -716,7 +716,7 @@ def _train_lines(result: dict[str, Any]) -> list[str]:
     for ratio in result["ratios"]:
         goal = BOOTSTRAP_GOALS[ratio["bootstrap"]]
         r = ratio["ratio"]
-        lines.append(f"{ratio['name']}: {r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f}) times extra_forward, "
+        lines.append(f"{ratio['name']}: {r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f}) times extra_forward, "
                      + _goal(r["median"] >= goal, f"{goal:g}"))  # fmt: skip
     for row in rows:
         goal = UTILISATION_GOALS.get((result["model"], row["dtype"]))
