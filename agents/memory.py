@@ -29,6 +29,11 @@ class Memory(dict):
             raise UserError(f"memory {name!r} is {then}, now {now} is needed; empty it for other slots (fresh_memory)")
         return choose(steps == 1, fresh, held)
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with the slots `rows` (K,) int64 alone, in that order."""
+        for name, held in self.items():
+            self[name] = held[rows]
+
     def keep(self, name: str, value: Tensor) -> None:
         """Keep `value` (B, ...) until the next step, without gradient."""
         self[name] = value.detach()

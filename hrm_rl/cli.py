@@ -6,12 +6,13 @@ settings of a YAML file are the same thing, so a file is read as the flags it st
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,8 +283,25 @@ def _until_flag(words: Sequence[str]) -> Iterator[str]:
 # --- the frame ----------------------------------------------------------------------------------------------
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees (glibc; elsewhere nothing happens).
+
+    By default glibc hands every large block back to the system, and each update asks for them again, page by page
+    (docs/PERFORMANCE.md). For commands alone: a library has no say in it.
+    """
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            for option, size in ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 1 << 28)):
+                mallopt(option, size)
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Call `main(argv)`; a UserError is one line on stderr and exit code 2 (--debug shows where it arose)."""
+    keep_freed_memory()
     argv = sys.argv[1:]
     debug = "--debug" in argv
     if debug:
@@ -306,6 +324,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder without rights
+        if debug or error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {_printable(where + error.strerror)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _printable(text: str) -> str:

@@ -163,7 +163,7 @@ class Solved:
     steps: Tensor  # (N,) int64, segments used
     answers: Tensor  # (N, S) uint8, the tokens answered
     seconds: float
-    segments_run: int  # slots times core calls, idle slots included: what the wall-clock paid for
+    segments_run: int  # slots summed over core calls, idle slots included: what the wall-clock paid for
 
 
 @torch.no_grad()
@@ -172,6 +172,10 @@ def solve(
     device: str | torch.device = "cpu", segment: Segment | None = None,
 ) -> Solved:  # fmt: skip
     """Halt for real: a slot that halts takes the next puzzle in the next core call.
+
+    `segment` replaces the core's call (a compiled one) and sees one shape only: `batch_size` slots. Once no puzzle
+    waits and half of the slots are idle, those still busy move together into half as many slots, and again, which
+    the core itself runs. What a puzzle gets does not depend on its slot nor on how many there are (but for rounding).
 
     The agent starts with an empty memory and has its own back afterwards. UserError if what it returns is unsound.
     """
@@ -183,7 +187,7 @@ def solve(
     token, steps_used = torch.zeros(total), torch.zeros(total, dtype=torch.int64)
     given = torch.zeros_like(puzzles.answers, device="cpu")
     index = torch.arange(slots, device=device).clamp(max=total - 1)
-    waiting, calls = min(slots, total), 0
+    waiting, calls, segments_run = min(slots, total), 0, 0
     state, steps = _first_state(core, slots), torch.zeros(slots, dtype=torch.int64, device=device)
     vocab = puzzles.vocab_size
     previous = Previous.none_yet(agent.sees, state.z_H, questions[index], vocab)
@@ -193,8 +197,8 @@ def solve(
         with agent.fresh_memory():
             while True:
                 tokens = questions[index]
-                output = segment(tokens, state)
-                calls, steps = calls + 1, steps + 1
+                output = (segment if slots == batch_size else core)(tokens, state)
+                calls, segments_run, steps = calls + 1, segments_run + slots, steps + 1
                 view = _view(output, steps, tokens, answers[index], index, previous, agent.sees)
                 actions, fault = decide(agent, view, where=f"call {calls}")
                 ends = busy & ((actions == HALT) | (steps >= max_steps))
@@ -211,16 +215,31 @@ def solve(
                 fresh = torch.arange(waiting, waiting + len(ended), device=device)
                 waiting = min(total, waiting + len(ended))
                 busy[ended] = fresh < total
-                if not bool(busy.any()):
+                still_busy = int(busy.sum())
+                if not still_busy:
                     break
                 index[ended] = fresh.clamp(max=total - 1)
                 steps = steps.masked_fill(ends, 0)  # not in place: an agent may have kept the view's
                 initial = _first_state(core, slots)
                 previous = Previous.none_yet(agent.sees, initial.z_H, questions[index], vocab).where(ends, previous)
                 state = State(*(choose(ends, z0, z) for z0, z in zip(initial, state, strict=True)))
+                fewer = _slots_needed(slots, still_busy)
+                if fewer < slots:
+                    kept = busy.int().argsort(descending=True, stable=True)[:fewer]
+                    slots, index, steps, busy = fewer, index[kept], steps[kept], busy[kept]
+                    state = State(*(z[kept] for z in state))
+                    previous = Previous(*(None if held is None else held[kept] for held in previous))
+                    agent.memory.select(kept)
     finally:
         _set_max_steps(agent, agent_max)
-    return Solved(exact, token, steps_used, given, time.perf_counter() - began, calls * slots)
+    return Solved(exact, token, steps_used, given, time.perf_counter() - began, segments_run)
+
+
+def _slots_needed(slots: int, busy: int) -> int:
+    """`slots`, halved (rounded up) for as long as `busy` of them fit."""
+    while slots > 1 and (slots + 1) // 2 >= busy:
+        slots = (slots + 1) // 2
+    return slots
 
 
 def _first_state(core: nn.Module, batch_size: int) -> State:

@@ -29,3 +29,13 @@ def puzzles():
     from hrm_testing import small_puzzles
 
     return small_puzzles(16)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _memory_as_it_is():
+    """Commands tune malloc for their whole process; tests that run them in this one leave it alone."""
+    from hrm_rl import cli
+
+    own, cli.keep_freed_memory = cli.keep_freed_memory, lambda: None
+    yield
+    cli.keep_freed_memory = own

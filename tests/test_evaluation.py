@@ -192,3 +192,37 @@ def test_report_of_real_halting():
     assert last["puzzles_per_second"] == pytest.approx(9 / solved.seconds)
     assert last["mean_steps"] == pytest.approx(solved.steps.float().mean().item())
     assert last["exact_accuracy"] == pytest.approx(solved.exact.float().mean().item())
+
+
+def test_the_tail_is_compacted():
+    """A compiled segment sees one shape; slots without work are not run; nobody's answer depends on any of it."""
+    puzzles = small_puzzles(17)
+    core, shapes = counting_core(puzzles, 2), []
+
+    class UpTo(FixedAgent):
+        """Halts at a step of the puzzle's own: 1 to 6."""
+
+        def act(self, view, q_logits=None, explore=False):
+            own = view.tokens.sum(-1) % 6 + 1
+            return torch.where(view.steps >= own, 0, 1)
+
+    def segment(tokens, state):
+        shapes.append(len(tokens))
+        return core(tokens, state)
+
+    runs = {slots: solve(core, UpTo(6), puzzles, 6, slots, segment=segment) for slots in (8, 1, 3, 64)}
+    assert set(shapes) == {8, 1, 3, 64}
+    one = runs.pop(1)
+    assert one.segments_run == int(one.steps.sum()) and len(one.steps.unique()) > 3
+    for slots, run in runs.items():
+        for name in ("exact", "token", "steps", "answers"):
+            assert torch.equal(getattr(run, name), getattr(one, name)), (slots, name)
+        assert run.segments_run < 6 * max(slots, len(puzzles))
+    assert runs[64].segments_run < 64 + 2 * int(one.steps.sum())
+
+
+def test_slots_needed():
+    from hrm_rl.evaluation import _slots_needed
+
+    assert [_slots_needed(8, busy) for busy in (8, 5, 4, 3, 2, 1)] == [8, 8, 4, 4, 2, 1]
+    assert _slots_needed(5, 3) == 3 and _slots_needed(1, 1) == 1 and _slots_needed(64, 3) == 4

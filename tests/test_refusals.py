@@ -86,3 +86,17 @@ def test_control_c_is_one_word(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(interrupted)
     assert stop.value.code == 130 and capsys.readouterr().err.strip() == "stopped"
+
+
+def test_a_file_system_that_refuses_is_one_line(monkeypatch, capsys, tmp_path):
+    def refused(argv):
+        (tmp_path / "no" / "such").write_text("x")
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(refused)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no' / 'such'}: No such file or directory\n"
+    monkeypatch.setattr(sys, "argv", ["x", "--debug"])
+    with pytest.raises(FileNotFoundError):
+        cli.run(refused)

@@ -99,6 +99,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v by two products, (B, N, T, K) each -> (B, N, T, K).
+
+    For bfloat16 on a CPU, where the backward pass of PyTorch's fused kernel takes five to eight times as long as
+    this for sequences of a puzzle's length (docs/PERFORMANCE.md).
+    """
+    weights = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1)).softmax(dim=-1)
+    return torch.matmul(weights, value)
+
+
 class Attention(nn.Module):
     """Bidirectional multi-head attention without bias or dropout, (B, T, D) -> (B, T, D).
 
@@ -118,10 +128,12 @@ class Attention(nn.Module):
         query, key, value = qkv.unbind(dim=2)  # (B, T, N, K) each
         if rope is not None:
             query, key = rotate(query, *rope), rotate(key, *rope)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-            attn_mask=None if bias is None else bias.to(x.dtype),
-        )  # fmt: skip
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and bias is None:
+            mixed = plain_attention(query, key, value)
+        else:
+            bias = None if bias is None else bias.to(x.dtype)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.o_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
