@@ -135,7 +135,9 @@ class Trainer:
         self.ema = {name: p.detach().clone() for name, p in trained.items()} if config.optim.ema else {}
         self.step = 0
         self.elapsed = 0.0
-        self.averaging = ranks.averaging(trained.values(), all_used=isinstance(self.agent, QHaltingAgent))
+        # Another learner's loss may leave a parameter alone now and then.
+        all_used = not self.learns_q or isinstance(self.agent, QHaltingAgent)
+        self.averaging = ranks.averaging(trained.values(), all_used)
         self.sums = Sums(self.device, ranks)
         self.watch = FiniteWatch(self.device, ranks)
         self.samples = 0  # segments since the last line
