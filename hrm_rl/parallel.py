@@ -113,7 +113,10 @@ class Ranks:
 
     def speaks(self) -> bool:
         """True for the first rank that asks: of an error that several have, one is to be told."""
-        return self.store is None or self.store.add("speaks", 1) == 1
+        try:
+            return self.store is None or self.store.add("speaks", 1) == 1
+        except RuntimeError:  # torchrun, which keeps the store, is gone
+            return True
 
     # --- on the device ----------------------------------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class Ranks:
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, which waits for the other ranks."""
-        with _saying_who_is_lost() if self.world > 1 else contextlib.nullcontext():
+        with _saying_who_is_lost():
             loss.backward()
 
 
