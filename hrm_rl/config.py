@@ -96,7 +96,7 @@ class TrainConfig:
         supervised_weight: Weight of the supervised loss.
         halt_weight: Weight of the loss of q_halt (0.5 in the release).
         continue_weight: Weight of the loss of q_continue (0.5 in the release).
-        num_envs: Slots of the environment: the batch size.
+        num_envs: Slots of the environment: the batch size, over all ranks where torchrun starts several.
         max_steps: Segments after which an episode is forced to halt.
         ponder_cost: Price of every CONTINUE, in the environment's reward (not in HRM's targets).
         total_steps: Optimiser updates; each runs one segment in every slot. 0 picks 6600, or 1200 where

@@ -13,6 +13,7 @@ from agents.q_targets import QLosses
 from envs import Slots
 from hrm_rl.errors import UserError
 from hrm_rl.metrics import Sums
+from hrm_rl.parallel import ALONE, Ranks
 
 
 class NonFiniteError(UserError):
@@ -22,7 +23,8 @@ class NonFiniteError(UserError):
 class FiniteWatch:
     """Notes on the device at which update a term first was not finite; the host looks when waiting costs nothing."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE):
+        self.ranks = ranks
         self._updates = torch.zeros((), dtype=torch.int64, device=device)
         self._names: tuple[str, ...] = ()
         self._first: Tensor | None = None  # the first bad update of each, counted from 1; 0 is none
@@ -38,10 +40,19 @@ class FiniteWatch:
         self._first = torch.where(bad & (self._first == 0), self._updates, self._first)
 
     def check(self, step: int) -> None:
-        """Raise NonFiniteError for the first bad term of the first bad update; `step` is the update seen last."""
-        if self._first is None or not bool((self._first > 0).any()):
+        """Raise NonFiniteError for the first bad term of the first bad update; `step` is the update seen last.
+
+        On all ranks, wherever it was bad.
+        """
+        if self._first is None or self.ranks.world == 1 and not bool((self._first > 0).any()):
             return
         first = self._first.tolist()
+        if self.ranks.world > 1:
+            never = float("-inf")
+            first = self.ranks.largest([-update if update else never for update in first])
+            first = [0 if update == never else int(-update) for update in first]
+            if not any(first):
+                return
         earliest = min(update for update in first if update)
         term = self._names[first.index(earliest)]
         raise NonFiniteError(f"update {step - int(self._updates) + earliest}: {term} is not finite")
@@ -54,10 +65,10 @@ def record(sums: Sums, slots: Slots, transition: Transition, losses: dict[str, T
     losses: scalars by tag ("loss/...", and "agent/..." for the parts of an agent's own loss), not weighted but for
     the total.
     """
-    add, B = sums.add, slots.steps.shape[0]
-    add("updates", torch.ones((), device=slots.steps.device))
+    add, add_mean, B = sums.add, sums.add_mean, slots.steps.shape[0]
+    add_mean("updates", torch.ones((), device=slots.steps.device))
     for tag, value in losses.items():
-        add(tag, value)
+        add_mean(tag, value)
     ended = transition.ended & slots.valid
     add("episodes", ended.sum())
     add("exact", (slots.is_correct & ended).sum())
@@ -65,12 +76,12 @@ def record(sums: Sums, slots: Slots, transition: Transition, losses: dict[str, T
     add("steps", (slots.steps * ended).sum())
     if transition.q_logits is not None:
         size = transition.q_logits.detach().float().abs()
-        add("logit", size.mean())
+        add_mean("logit", size.mean())
         sums.largest("logit_max", size.max())
         agrees = (transition.q_logits[:, 0] >= 0) == slots.is_correct
         add("q_agrees", (agrees & ended).sum())
     if q is not None:
-        add("td_halt", q.td_error_halt.abs().sum() / B)
+        add_mean("td_halt", q.td_error_halt.abs().sum() / B)
         add("td_continue", q.td_error_continue.abs().sum())
         add("td_continue_count", q.has_continue.sum())
 
@@ -118,20 +129,19 @@ def memory_and_files() -> dict[str, float]:
     return {"system/memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6, "system/open_files": files}
 
 
-def residuals(slots: Slots, previous: tuple[Tensor, Tensor]) -> dict[str, float]:
+def residuals(slots: Slots, previous: tuple[Tensor, Tensor], ranks: Ranks = ALONE) -> dict[str, float]:
     """How far z_H and z_L moved in this segment, relative to where they are: mean over episodes that went on.
 
     previous: (z_H, z_L) of the same slots one segment ago, (B, P + S, D) each.
     """
     goes_on = slots.steps > 1
-    if not bool(goes_on.any()):
-        return {}
-    values = {}
-    for name, now, before in zip(("z_H", "z_L"), (slots.z_H, slots.z_L), previous, strict=True):
+    sums = [goes_on.sum().double()]
+    for now, before in zip((slots.z_H, slots.z_L), previous, strict=True):
         now, before = now.detach().float().flatten(1), before.float().flatten(1)
         ratio = (now - before).norm(dim=1) / now.norm(dim=1).clamp(min=1e-12)
-        values[f"state/residual_{name}"] = ratio[goes_on].mean().item()
-    return values
+        sums.append((ratio.double() * goes_on).sum())
+    count, z_H, z_L = ranks.total(torch.stack(sums).tolist())
+    return {"state/residual_z_H": z_H / count, "state/residual_z_L": z_L / count} if count else {}
 
 
 def _part(name: str) -> str:

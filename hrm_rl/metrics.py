@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hrm_rl.errors import UserError
+from hrm_rl.parallel import ALONE, Ranks
 
 TAGS: dict[str, str] = {
     "loss/total": "What the optimiser minimises, per slot: the weighted sum of the losses below.",
@@ -54,30 +55,51 @@ TAGS: dict[str, str] = {
 
 
 class Sums:
-    """Running sums on the device, read by the host once a line. `add` never waits for the device."""
+    """Running sums on the device, read by the host once a line. `add` never waits for the device.
 
-    def __init__(self, device: torch.device):
+    Each rank adds what it sees of its own slots; `totals` and `take` give what one process with all slots would have.
+    """
+
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE):
         self.device = device
+        self.ranks = ranks
         self.values: dict[str, Tensor] = {}
+        self._largest: set[str] = set()
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a scalar."""
+        """Add a scalar: a sum over slots."""
         value = value.detach().double()
         self.values[name] = self.values[name] + value if name in self.values else value
 
+    def add_mean(self, name: str, value: Tensor) -> None:
+        """Add a scalar: a mean over slots, of which each rank has as many."""
+        self.add(name, value if self.ranks.world == 1 else value / self.ranks.world)
+
     def largest(self, name: str, value: Tensor) -> None:
-        """Keep the larger."""
+        """Keep the larger; of values that are not negative."""
         value = value.detach().double()
+        self._largest.add(name)
         self.values[name] = torch.maximum(self.values[name], value) if name in self.values else value
 
     def take(self) -> dict[str, float]:
-        """All sums as floats (one transfer); starts anew."""
+        """All sums as floats; starts anew."""
+        taken, self.values = self.totals(), {}
+        return taken
+
+    def totals(self) -> dict[str, float]:
+        """All sums as floats (one transfer), over all ranks."""
         if not self.values:
             return {}
-        numbers = torch.stack(list(self.values.values())).tolist()
-        taken = dict(zip(self.values, numbers, strict=True))
-        self.values = {}
-        return taken
+        own = dict(zip(self.values, torch.stack(list(self.values.values())).tolist(), strict=True))
+        if self.ranks.world == 1:
+            return own
+        totals = dict(zip(own, self.ranks.total(list(own.values())), strict=True))
+        kept = [name for name in own if name in self._largest]
+        return totals | dict(zip(kept, self.ranks.largest([own[name] for name in kept]), strict=True))
+
+    def load(self, totals: dict[str, Tensor]) -> None:
+        """Go on from `totals`: rank 0 has them, the others begin at nothing."""
+        self.values = totals if self.ranks.first else {name: torch.zeros_like(t) for name, t in totals.items()}
 
 
 class MetricsWriter:

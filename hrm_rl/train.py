@@ -28,11 +28,12 @@ DESCRIPTION = (
 def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     from agents.arguments import split_flags
+    from hrm_rl.parallel import joined
 
-    words, agent_flags = split_flags(argv)
-    options = cli.parse(build_parser(), words)
-    with contextlib.ExitStack() as stack:
-        session = _Session(began, stack)
+    with joined() as ranks, contextlib.ExitStack() as stack:
+        words, agent_flags = split_flags(argv)
+        options = cli.parse(build_parser(), words)
+        session = _Session(began, stack, ranks)
         if options.resume:
             return session.resume(Path(options.resume), options, argv)
         return session.start(*read_options(options, agent_flags))
@@ -75,11 +76,16 @@ def read_options(options, agent_flags: dict[str, str] | None = None) -> tuple:
 
 
 class _Session:
-    """One process's share of a run: from the start or a checkpoint to the end, a signal or an error."""
+    """One process's share of a run: from the start or a checkpoint to the end, a signal or an error.
 
-    def __init__(self, began: float, stack: contextlib.ExitStack):
+    Of several ranks the first one writes and prints; all leave the loop at the same update.
+    """
+
+    def __init__(self, began: float, stack: contextlib.ExitStack, ranks):
         self.began = began
         self.stack = stack  # what is given back at the end of the command
+        self.ranks = ranks
+        self.say = print if ranks.first else lambda *words, **keywords: None
         self.stop_signal: int | None = None
 
     def start(self, config, agent_class, agent_arguments) -> int:
@@ -91,12 +97,16 @@ class _Session:
         from hrm_rl.tasks.dataset import shared_puzzles
         from hrm_rl.trainer import Trainer, run_folder
 
-        if config.name and (Path(config.out) / config.name).exists():
+        if self.ranks.first and config.name and (Path(config.out) / config.name).exists():
             folder = Path(config.out) / config.name
             raise UserError(f"{folder}: the run's folder exists; choose another name or resume it")
-        print("loading puzzles and preparing the core (where it is compiled, about ten seconds) ...", flush=True)
+        self.say("loading puzzles and preparing the core (where it is compiled, about ten seconds) ...", flush=True)
         self.stack.enter_context(repeatable(config.deterministic, config.device))
-        trainer = Trainer(config, agent_class, agent_arguments)  # before the folder: bad input leaves nothing behind
+        # Before the folder: bad input leaves nothing behind.
+        trainer = Trainer(config, agent_class, agent_arguments, ranks=self.ranks)
+        if not self.ranks.first:
+            self.run = Path(self.ranks.told("run", None))
+            return self._train(trainer, None)
         shared = shared_puzzles(trainer.puzzles, trainer.test_puzzles) if config.data or config.test_data else None
         if shared:
             print(f"warning: {shared}", file=sys.stderr)
@@ -108,6 +118,7 @@ class _Session:
             "agent": f"{agent_class.__module__}.{agent_class.__qualname__}", "agent_args": agent_arguments,
         }  # fmt: skip
         write_atomically(self.run / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+        self.ranks.told("run", str(self.run))
         return self._train(trainer, MetricsWriter(self.run))
 
     def resume(self, source: Path, options, argv: Sequence[str]) -> int:
@@ -117,8 +128,9 @@ class _Session:
         from hrm_rl.trainer import Trainer
 
         run, chosen = run_of(source)
-        self.lock = lock_run(run)
-        self.stack.callback(self.lock.close)
+        if self.ranks.first:
+            self.lock = lock_run(run)
+            self.stack.callback(self.lock.close)
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
         refused = given - {"resume", "total_steps", "time_budget", "device", "compile", "debug"}
         if refused:
@@ -129,14 +141,20 @@ class _Session:
         config, agent_class, agent_arguments = read_options(stored)
         changes = {n: getattr(options, n) for n in ("total_steps", "time_budget", "device", "compile") if n in given}
         config = replace(config, **changes)
-        chosen, tensors, state = (chosen, *load_checkpoint(chosen)) if chosen else load_newest(run)
+        if self.ranks.first:
+            chosen, tensors, state = (chosen, *load_checkpoint(chosen)) if chosen else load_newest(run)
+            self.ranks.told("checkpoint", str(chosen))
+        else:
+            tensors, state = load_checkpoint(Path(self.ranks.told("checkpoint", None)))
         self.stack.enter_context(repeatable(config.deterministic, config.device))
-        trainer = Trainer(config, agent_class, agent_arguments)
+        trainer = Trainer(config, agent_class, agent_arguments, ranks=self.ranks)
         trainer.load_state(tensors, state)
         self.run = run
         if trainer.step >= config.total_steps:
             done = f"{run}: is at update {trainer.step} of {config.total_steps}"
             raise UserError(f"{done}; ask for more by --total-steps")
+        if not self.ranks.first:
+            return self._train(trainer, None)
         for path in set_aside_after(chosen):
             print(f"kept aside, since the run goes on from {chosen.name}: {path}")
         print(f"resuming {run} at update {trainer.step}")
@@ -145,18 +163,22 @@ class _Session:
     # --- the loop -----------------------------------------------------------------------------------------
 
     def _train(self, trainer, writer) -> int:
+        from hrm_rl.parallel import RankLostError
         from hrm_rl.trainer import NonFiniteError, is_due
 
-        c = trainer.config
+        c, first = trainer.config, self.ranks.first  # only the first rank has a writer
         self._catch_signals()
         self.stack.callback(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = _quiet_about_files
-        progress = _Progress(c, trainer)
-        print(f"run folder: {self.run}\n{_describe(trainer)}", flush=True)
+        progress = _Progress(c, trainer) if first else None
+        self.say(f"run folder: {self.run}\n{_describe(trainer)}", flush=True)
         clock, line_clock = time.perf_counter(), time.perf_counter()
         try:
-            while trainer.step < c.total_steps and not self.stop_signal:
-                if c.time_budget and trainer.elapsed >= c.time_budget:
+            if self.ranks.world > 1 and trainer.step == 0:
+                self._save(trainer, writer)  # a rank may die at any time, and something must be there to go on from
+            while trainer.step < c.total_steps:
+                self._agree(trainer)
+                if self.stop_signal or (c.time_budget and trainer.elapsed >= c.time_budget):
                     break
                 coming = trainer.step + 1
                 due = is_due(coming, c.log_every) or coming == c.total_steps
@@ -166,18 +188,24 @@ class _Session:
                 trainer.elapsed, clock = trainer.elapsed + now - clock, now
                 if due:
                     values = trainer.line(details, now - line_clock)
-                    if is_due(coming, c.eval_every):
-                        values |= self._evaluate(trainer)
-                    writer.write(coming, values)
-                    progress.line(coming, values)
+                    if first:
+                        if is_due(coming, c.eval_every):
+                            values |= self._evaluate(trainer)
+                        writer.write(coming, values)
+                        progress.line(coming, values)
                     clock = line_clock = time.perf_counter()
-                progress.tick(coming)
+                if first:
+                    progress.tick(coming)
                 if is_due(coming, c.checkpoint_every):
                     self._save(trainer, writer)
                     clock = time.perf_counter()
             self._save(trainer, writer)
+        except RankLostError as error:
+            raise UserError(f"{error}; the last good checkpoint is {self._last_checkpoint()}, go on with: "
+                            f"{self._resume_command()}") from error  # fmt: skip
         except NonFiniteError as error:
-            writer.close()
+            if first:
+                writer.close()
             raise UserError(f"{error}; the last good checkpoint is {self._last_checkpoint()}") from error
         except OSError as error:  # a full disk, a folder that went away
             reason = error.strerror or error
@@ -185,14 +213,18 @@ class _Session:
                 f"{self.run}: cannot be written ({reason}); the last good checkpoint is {self._last_checkpoint()}"
             ) from error
         finally:
-            progress.close()
-        writer.close()
+            if first:
+                progress.close()
+        if first:
+            writer.close()
         if self.stop_signal:
             name = signal.Signals(self.stop_signal).name
-            print(f"\n{name}: saved at update {trainer.step}. Go on with:\n  {self._resume_command()}", flush=True)
+            self.say(f"\n{name}: saved at update {trainer.step}. Go on with:\n  {self._resume_command()}", flush=True)
             return 128 + self.stop_signal
         for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: from here on a signal just ends the process
             signal.signal(number, signal.default_int_handler)
+        if not first:
+            return 0
         try:
             self._report(trainer)
         except OSError as error:
@@ -202,12 +234,20 @@ class _Session:
 
     def _catch_signals(self) -> None:
         def remember(number, frame):
-            if self.stop_signal:  # a second one means it
+            if self.stop_signal and self.ranks.world == 1:  # a second one means it (torchrun may send two by itself)
                 raise KeyboardInterrupt
             self.stop_signal = number
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, remember)
+
+    def _agree(self, trainer) -> None:
+        """All ranks take the first one's clock (the schedule depends on it) and stop where any is told to stop."""
+        if self.ranks.world > 1:
+            stop, trainer.elapsed = self.ranks.largest(
+                [self.stop_signal or 0, trainer.elapsed if self.ranks.first else 0.0]
+            )
+            self.stop_signal = int(stop) or self.stop_signal
 
     def _evaluate(self, trainer) -> dict[str, float]:
         count = min(trainer.config.eval_puzzles, len(trainer.test_puzzles))
@@ -227,8 +267,10 @@ class _Session:
 
         trainer.check_finite()
         tensors, plain = trainer.state()
-        plain["metrics_position"] = writer.position()
-        save_checkpoint(self.run, trainer.step, trainer.model({"run": self.run.name}), tensors, plain)
+        if self.ranks.first:
+            plain["metrics_position"] = writer.position()
+            save_checkpoint(self.run, trainer.step, trainer.model({"run": self.run.name}), tensors, plain)
+        self.ranks.wait()  # where all are about to leave, none leaves before it is written
 
     def _last_checkpoint(self) -> str:
         from hrm_rl.checkpoint import list_checkpoints
@@ -237,7 +279,9 @@ class _Session:
         return str(found[-1]) if found else "none yet"
 
     def _resume_command(self) -> str:
-        return f"{Path(sys.executable).name} -m hrm_rl.train --resume {shlex.quote(str(self.run))}"
+        world = self.ranks.world
+        command = Path(sys.executable).name if world == 1 else f"torchrun --nproc-per-node {world}"
+        return f"{command} -m hrm_rl.train --resume {shlex.quote(str(self.run))}"
 
     def _report(self, trainer) -> None:
         from hrm_rl.checkpoint import write_atomically
@@ -252,7 +296,9 @@ class _Session:
         compiled = {"segment": trainer.segment}
         trajectories = trainer.evaluate(puzzles, segments, **compiled)
         with trainer.evaluation_weights():
-            solved = solve(trainer.core, trainer.agent, puzzles, c.max_steps, c.num_envs, trainer.device, **compiled)
+            solved = solve(
+                trainer.core, trainer.agent, puzzles, c.max_steps, trainer.num_slots, trainer.device, **compiled
+            )
         result = report(trajectories, [c.max_steps], solved)
         minutes = (time.perf_counter() - self.began) / 60
         result |= {
@@ -273,11 +319,12 @@ def _describe(trainer) -> str:
     c = trainer.config
     size = sum(p.numel() for p in trainer.core.parameters())
     core = getattr(trainer.core, "config", None)
+    ranks = f" ({trainer.ranks.world} ranks of {trainer.num_slots})" if trainer.ranks.world > 1 else ""
     return (
         f"{c.env} {c.size}x{c.size}, {len(trainer.puzzles)} training puzzles ({trainer.puzzles.name}), "
         f"{len(trainer.test_puzzles)} test puzzles ({trainer.test_puzzles.name})\n"
         f"core of {size / 1e6:.2f} M parameters in {core.dtype if core else 'its own dtype'}, objective {c.objective}, "
-        f"bootstrap {c.bootstrap}, {c.num_envs} slots, at most {c.max_steps} steps\n"
+        f"bootstrap {c.bootstrap}, {c.num_envs} slots{ranks}, at most {c.max_steps} steps\n"
         f"{describe(trainer.device)}{', compiled (the first update takes a while)' if trainer.compiled else ''}"
     )
 

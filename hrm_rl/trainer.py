@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import hrm_rl  # noqa: F401 - registers the environments
-from agents import AgentLoss, HaltingAgent, Transition, View, decide, make_agent, raise_fault, view_of
+from agents import AgentLoss, HaltingAgent, QHaltingAgent, Transition, View, decide, make_agent, raise_fault, view_of
 from agents.q_targets import QLosses
 from envs import HALT, Slots
 from hrm_rl import evaluation, measure
@@ -32,15 +32,17 @@ from hrm_rl.config import TrainConfig, small_core
 from hrm_rl.core import CoreConfig, CoreOutput, HRMCore, State
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
-from hrm_rl.devices import can_compile, pick_device
+from hrm_rl.devices import can_compile
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.losses import supervised_loss
 from hrm_rl.measure import FiniteWatch, NonFiniteError
 from hrm_rl.metrics import Sums
 from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, state_tensors
+from hrm_rl.parallel import ALONE, Ranks
 from hrm_rl.tasks import PuzzleSet, load_puzzles
 
 PROBE_PUZZLES = 32
+_BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpoint with a row for each slot
 
 
 def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
@@ -86,16 +88,22 @@ def training_puzzles(config: TrainConfig) -> PuzzleSet:
 class Trainer:
     """Trains a core and a halting agent as `config` says; `hrm_rl.train` drives it, tests call `update` themselves.
 
+    One of several `ranks` trains on its share of the slots; `update`, `line`, `check_finite` and `state` are then to be
+    called by all of them, and say what one process with all slots would.
+
     Attributes: core, agent, envs (torch form), optimizers, step (updates done), sums (running metrics),
-    ema (name -> averaged parameter; empty where off).
+    ema (name -> averaged parameter; empty where off), num_slots (those of this rank).
     """
 
     def __init__(
         self, config: TrainConfig, agent_class: type[HaltingAgent], agent_arguments: dict | None = None,
         *, core: nn.Module | None = None, puzzles: PuzzleSet | None = None, test_puzzles: PuzzleSet | None = None,
+        ranks: Ranks = ALONE,
     ):  # fmt: skip
         self.config = config
-        self.device = pick_device(config.device)
+        self.ranks = ranks
+        self.num_slots = ranks.share(config.num_envs)
+        self.device = ranks.device(config.device)
         torch.manual_seed(config.seed)  # for agents that draw their weights from torch's own generator
         self.puzzles = puzzles or training_puzzles(config)
         self.test_puzzles = test_puzzles or user_puzzles(
@@ -127,8 +135,11 @@ class Trainer:
         self.ema = {name: p.detach().clone() for name, p in trained.items()} if config.optim.ema else {}
         self.step = 0
         self.elapsed = 0.0
-        self.sums = Sums(self.device)
-        self.watch = FiniteWatch(self.device)
+        # Another learner's loss may leave a parameter alone now and then.
+        all_used = not self.learns_q or isinstance(self.agent, QHaltingAgent)
+        self.averaging = ranks.averaging(trained.values(), all_used)
+        self.sums = Sums(self.device, ranks)
+        self.watch = FiniteWatch(self.device, ranks)
         self.samples = 0  # segments since the last line
         self.stored: Transition | None = None  # the decision before, for bootstrap=next_observation
         self.probe_target: Tensor | None = None
@@ -136,7 +147,7 @@ class Trainer:
         self.fault: Tensor | None = None  # what is wrong with the agent's values, read at logged updates (not on a CPU)
         self.fewest_clues = int(self.puzzles.clues.min())
         self._set_clues()
-        self.envs.reset(seed=config.seed)
+        self.envs.reset(seed=config.seed + ranks.rank * self.num_slots)
 
     # --- set-up -------------------------------------------------------------------------------------------
 
@@ -144,7 +155,7 @@ class Trainer:
         c = self.config
         try:
             return gym.make_vec(
-                c.env, num_envs=c.num_envs, size=c.size, data=self.puzzles, core=self.core, max_steps=c.max_steps,
+                c.env, num_envs=self.num_slots, size=c.size, data=self.puzzles, core=self.core, max_steps=c.max_steps,
                 ponder_cost=c.ponder_cost, augment=c.augment, device=str(self.device), tensors="torch",
                 observation="q_token",  # the loop reads `envs.slots`
             ).unwrapped  # fmt: skip
@@ -213,7 +224,7 @@ class Trainer:
         set_learning_rate(self.optimizers, self.schedule())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        losses["loss/total"].backward()
+        self._backward(losses["loss/total"])
         measure.record(self.sums, slots, transition, losses, q)
         norms = measure.gradient_norms(self.trained)
         self.watch.see(losses | norms)
@@ -234,6 +245,12 @@ class Trainer:
         self.samples += self.config.num_envs
         return details
 
+    def _backward(self, loss: Tensor) -> None:
+        if self.averaging is None:
+            loss.backward()
+        else:
+            self.ranks.backward(self.averaging(loss))
+
     def _decide(self, slots: Slots) -> tuple[View, Tensor | None, Tensor]:
         reaches_core = self.config.q_to_core and self.learns_core
         z_H = slots.z_H if reaches_core else slots.z_H.detach()
@@ -247,7 +264,7 @@ class Trainer:
 
     def _losses(self, slots: Slots, transition: Transition) -> tuple[dict[str, Tensor], QLosses | None]:
         """The loss by tag (the total is weighted, its parts are not), and the Q-losses slot by slot."""
-        c, B = self.config, self.config.num_envs
+        c, B = self.config, self.num_slots
         losses: dict[str, Tensor] = {}
         total, q = [], None
         if self.learns_core:
@@ -305,7 +322,7 @@ class Trainer:
         largest = max(p.detach().abs().max().item() for p in self.trained.values())
         values["param/max_times_decay"] = largest * self.config.optim.weight_decay
         if self.previous is not None:
-            values |= measure.residuals(slots, self.previous)
+            values |= measure.residuals(slots, self.previous, self.ranks)
         if self.learns_q and self.config.max_steps > 1:
             values |= self._drift()
         return values
@@ -356,7 +373,7 @@ class Trainer:
         """Trajectories of `puzzles` with the evaluation weights, in batches as large as training's."""
         with self.evaluation_weights():
             return evaluation.trajectories(
-                self.core, self.agent, puzzles, max_steps, self.config.num_envs, self.device, **keywords
+                self.core, self.agent, puzzles, max_steps, self.num_slots, self.device, **keywords
             )
 
     @contextlib.contextmanager
@@ -383,7 +400,10 @@ class Trainer:
         return model_bytes(core, q_head if isinstance(q_head, QHead) else None, meta, agent)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, plain values): everything a checkpoint needs to go on number for number."""
+        """(tensors, plain values): everything a checkpoint needs to go on number for number, on rank 0.
+
+        Whatever belongs to slots is that of all ranks, so that any number of ranks can go on from it.
+        """
         tensors = {f"core.{n}": t for n, t in self.core.state_dict().items()}
         tensors |= {f"agent.{n}": t for n, t in self.agent.state_dict().items()}
         tensors |= {f"ema.{n}": t for n, t in self.ema.items()}
@@ -391,7 +411,7 @@ class Trainer:
         slots = self.envs.state_dict()
         tensors |= {f"slots.{n}": t for n, t in slots.items() if isinstance(t, Tensor)}
         tensors |= {f"memory.{n}": t for n, t in self.agent.memory.items()}
-        tensors |= {f"sums.{n}": t for n, t in self.sums.values.items()}
+        tensors |= {f"sums.{n}": torch.tensor(t, dtype=torch.float64) for n, t in self.sums.totals().items()}
         if self.stored is not None:
             s = self.stored
             tensors |= {f"stored.{n}": t for n, t in s.view._asdict().items() if t is not None}
@@ -402,6 +422,7 @@ class Trainer:
             tensors["probe_target"] = self.probe_target
         if self.previous is not None:
             tensors |= {"previous.z_H": self.previous[0], "previous.z_L": self.previous[1]}
+        tensors |= {n: self.ranks.gather(t) for n, t in tensors.items() if n.startswith(_BY_SLOT)}
         plain = {"elapsed": self.elapsed, "torch_rng": torch.get_rng_state().tolist(),
                  "puzzles": self.puzzles.sha256, "test_puzzles": self.test_puzzles.sha256,
                  "slots": {n: v for n, v in slots.items() if not isinstance(v, Tensor)}}  # fmt: skip
@@ -410,7 +431,8 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor], plain: dict) -> None:
         """The inverse of `state`. UserError where the checkpoint belongs to other puzzles or another model."""
         def part(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): t.to(self.device) for n, t in tensors.items() if n.startswith(prefix)}
+            held = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            return {n: (self.ranks.rows(t) if prefix in _BY_SLOT else t).to(self.device) for n, t in held.items()}
 
         for held, puzzles in (("puzzles", self.puzzles), ("test_puzzles", self.test_puzzles)):
             if plain[held] != puzzles.sha256:
@@ -425,7 +447,7 @@ class Trainer:
             self.ema[name].copy_(value)
         load_state_tensors(self.optimizers, part("optim."))
         self.agent.memory.update(part("memory."))
-        self.sums.values = part("sums.")
+        self.sums.load(part("sums."))
         self.step, self.elapsed = plain["step"], plain["elapsed"]
         torch.set_rng_state(torch.tensor(plain["torch_rng"], dtype=torch.uint8))
         if self.device.type == "cuda" and "cuda_rng" in tensors:

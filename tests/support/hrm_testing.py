@@ -20,6 +20,7 @@ from hrm_rl.core import CoreConfig, HRMCore
 from hrm_rl.core.counting import CountingCore
 from hrm_rl.core.q_head import QHead
 from hrm_rl.core.released import from_released
+from hrm_rl.parallel import ALONE, Ranks
 from hrm_rl.tasks import PuzzleSet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +127,8 @@ def small_config(optim: dict | None = None, core: dict | None = None, **changes)
 
 
 def small_trainer(agent=QHaltingAgent, arguments: dict | None = None, puzzles: PuzzleSet | None = None,
-                  core: torch.nn.Module | None = None, optim: dict | None = None, **changes):  # fmt: skip
+                  core: torch.nn.Module | None = None, optim: dict | None = None, ranks: Ranks = ALONE,
+                  **changes):  # fmt: skip
     """A Trainer of `small_config`; objective=q gets a fresh core in place of the packaged one."""
     from hrm_rl.trainer import Trainer
 
@@ -134,7 +136,9 @@ def small_trainer(agent=QHaltingAgent, arguments: dict | None = None, puzzles: P
     if core is None and config.objective == "q":
         core = HRMCore(config.core, torch.Generator().manual_seed(config.seed))
     puzzles = puzzles or small_puzzles(16)
-    return Trainer(config, agent, arguments, core=core, puzzles=puzzles, test_puzzles=small_puzzles(12, seed=1))
+    return Trainer(
+        config, agent, arguments, core=core, puzzles=puzzles, test_puzzles=small_puzzles(12, seed=1), ranks=ranks
+    )
 
 
 def lively_trainer(**changes):
