@@ -60,10 +60,6 @@ class LambdaAgent(QHaltingAgent):
         q_continue = q_logits[..., 1].float()
         each = F.binary_cross_entropy_with_logits(q_continue, target, reduction="none")
         td_error = ((target - q_continue.detach().sigmoid()).abs() * learned).sum(1) / learned.sum(1).clamp(min=1)
-        none = torch.zeros_like(view.valid)
-        losses = q_targets.q_losses(
-            transition.q_logits, q_targets.halt_target(transition.is_correct), rewards[:, 0], view.valid, none
-        )
-        return losses._replace(
-            cont=(each * learned).sum(1), td_error_continue=td_error, has_continue=learned.any(1)
-        )
+        target_halt = q_targets.halt_target(transition.is_correct)
+        here = q_targets.q_losses(transition.q_logits, target_halt, target_halt, view.valid, torch.zeros_like(at_limit))
+        return here._replace(cont=(each * learned).sum(1), td_error_continue=td_error, has_continue=learned.any(1))

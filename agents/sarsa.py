@@ -52,8 +52,8 @@ class SarsaAgent(QHaltingAgent):
         target = returns.sarsa_target(q_logits, transition.actions)
         q_continue = self.scores(before)[:, 1].float()
         late = F.binary_cross_entropy_with_logits(q_continue, target, reduction="none") * goes_on
-        td_error = (target - q_continue.detach().sigmoid()).abs() * goes_on
+        td_error = (target - q_continue.detach().sigmoid()).abs() * goes_on + losses.td_error_continue.abs()
+        count = goes_on.int() + losses.has_continue.int()  # two at the budget: the step before's and its own
         return losses._replace(
-            cont=losses.cont + late, td_error_continue=losses.td_error_continue.abs() + td_error,
-            has_continue=losses.has_continue | goes_on,
-        )  # fmt: skip
+            cont=losses.cont + late, td_error_continue=td_error / count.clamp(min=1), has_continue=count > 0
+        )

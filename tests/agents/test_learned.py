@@ -448,6 +448,14 @@ def test_no_loss_waits_for_the_device(name):
         torch.ones(3)[torch.tensor([True, False, True])]
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_budget_of_one_segment(name):
+    trainer = small_trainer(AGENTS[name], {}, max_steps=1)
+    for _ in range(2):
+        trainer.update()
+    assert trainer.sums.take()["steps"] == 2 * 4
+
+
 def test_the_transition_holds_the_supervised_loss_of_every_slot():
     for objective in ("joint", "q"):
         trainer = small_trainer(AGENTS["ponder"], {}, objective=objective)
