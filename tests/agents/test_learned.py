@@ -178,7 +178,7 @@ def table_agent(name: str, stop: int = M) -> type:
     return Table
 
 
-def learned(name: str, right: tuple[int, int], stop=M, updates=300, lr=0.15, prepare=None, **more):
+def learned(name: str, right: tuple[int, int], stop=M, updates=160, lr=0.15, prepare=None, **more):
     """(2, M) or (M,) probabilities that the table holds after training, and the trainer."""
     puzzles = small_puzzles(8)
     trainer = small_trainer(
@@ -231,7 +231,7 @@ def test_sarsa_with_the_greedy_target_is_another(monkeypatch):
 @pytest.mark.parametrize("name", Q_LEARNERS)
 def test_values_follow_the_policy(name):
     """Halting at 2, where the answer is right, CONTINUE at 1 is worth 1; what is never reached stays as it was."""
-    table, _ = learned(name, (2, 2), stop=2, q_bias=-1.0)
+    table, _ = learned(name, (2, 2), stop=2, q_bias=-1.0, updates=120)
     assert off_by(table[:, 0], torch.tensor([0.0, 1.0])) < 0.04 and table[0, 1] > 0.96
     untouched = torch.tensor(-1.0).sigmoid()
     assert (table[:, 2:] - untouched).abs().max() < 1e-6 and table[1, 1] == untouched
@@ -240,7 +240,7 @@ def test_values_follow_the_policy(name):
 def test_fixed_point_of_halt_only():
     table, _ = learned("bce", (2, 3), bias=0.0)
     assert off_by(table, torch.tensor([0.0, 1.0, 1.0, 0.0])) < 0.04
-    wrong, _ = learned("bce", (2, 3), bias=0.0, weight=0.0)  # negative control: nothing learned
+    wrong, _ = learned("bce", (2, 3), bias=0.0, weight=0.0, updates=5)  # negative control: nothing learned
     assert off_by(wrong, torch.full((M,), 0.5)) < 1e-6
 
 
@@ -249,7 +249,7 @@ def test_fixed_point_of_pondering(prior):
     """The minimum of sum p_m L_m + beta KL(p || prior) is p_m ~ prior_m exp(-L_m / beta)."""
     beta, wrong = 0.5, torch.tensor([1.0, 1.0, 0.0, 1.0])
     hazards, trainer = learned(
-        "ponder", (3, 3), lr=0.05, bias=0.0, prior=prior, prior_lambda=0.4, beta=beta, rest=0.0, updates=400
+        "ponder", (3, 3), lr=0.05, bias=0.0, prior=prior, prior_lambda=0.4, beta=beta, rest=0.0, updates=300
     )
     got = dist.ponder_distribution(hazards.logit()[None], torch.ones(1, M, dtype=torch.bool)).p[0]
 
@@ -282,14 +282,17 @@ def halts_of(agent, count: int) -> torch.Tensor:
     return halted
 
 
-@pytest.mark.parametrize("right_from", [1, 2, 3])
+@pytest.mark.parametrize("right_from", [1, 3])
 def test_fixed_point_of_act(right_from):
     """Halting pays where the answer is right: h is 0 before that segment and makes up the 1 there."""
-    _, trainer = learned("act", (right_from, M), bias=-1.0, tau=0.02)
+    _, trainer = learned("act", (right_from, M), bias=-1.0, tau=0.02, lr=0.3)
     assert (halts_of(trainer.agent, 2) == right_from).all()
-    if right_from > 1:  # negative control: with a ponder cost above the loss nothing is worth a second segment
-        _, dear = learned("act", (right_from, M), bias=-1.0, tau=2.0)
-        assert (halts_of(dear.agent, 2) == 1).all()
+
+
+def test_act_with_a_cost_above_the_loss():
+    """Negative control of the test above: nothing is worth a second segment."""
+    _, dear = learned("act", (3, M), bias=-1.0, tau=2.0, lr=0.3, updates=100)
+    assert (halts_of(dear.agent, 2) == 1).all()
 
 
 @pytest.mark.parametrize("episodes", ["sampled", "all"])
@@ -297,19 +300,21 @@ def test_fixed_point_of_reinforce(episodes):
     policy, trainer = learned("reinforce", (2, 2), bias=0.0, entropy=0.0, episodes=episodes)
     assert policy[0] < 0.05 and policy[1] > 0.95
     assert (halts_of(trainer.agent, 2) == 2).all()
-    never, _ = learned("reinforce", (9, 9), bias=0.0, entropy=0.0, episodes=episodes)  # control: nothing to be earned
+    never, _ = learned("reinforce", (9, 9), bias=0.0, entropy=0.0, episodes=episodes, updates=60)  # control: no reward
     assert off_by(never[:2], torch.full((2,), 0.5)) < 0.2
 
 
 def test_the_baseline_learns_the_expected_reward_of_the_policy():
     """A gate fixed at one half, right in segment 2 alone: that is where a quarter of the episodes halt."""
     _, trainer = learned(
-        "reinforce", (2, 2), bias=0.0, lr=0.01, updates=800, prepare=lambda a: a.head.requires_grad_(False)
+        "reinforce", (2, 2), bias=0.0, lr=0.02, updates=120, prepare=lambda a: a.head.requires_grad_(False)
     )
-    head = trainer.agent.baseline
-    state = torch.zeros(1, 1, 10)
+    state, held = torch.zeros(1, 1, 10), []
     state[..., 0] = state[..., 2] = 1  # segment 1
-    assert head(state).item() == pytest.approx(0.25, abs=0.08)
+    for _ in range(200):  # Adam hovers around the mean
+        trainer.update()
+        held.append(trainer.agent.baseline(state).item())
+    assert sum(held) / len(held) == pytest.approx(0.25, abs=0.06)
 
 
 # --- one slot, one episode after another ------------------------------------------------------------------------
@@ -384,7 +389,7 @@ def test_which_parameters_move(name, q_to_core):
             parameter.data.normal_()
         before = {n: p.detach().clone() for n, p in trainer.core.named_parameters()}
         heads = {n: p.detach().clone() for n, p in trainer.agent.named_parameters()}
-        for _ in range(6):
+        for _ in range(4):
             trainer.update()
         moved = any(not torch.equal(p, before[n]) for n, p in trainer.core.named_parameters())
         assert moved == (objective == "joint" and q_to_core and REACHES[name])
