@@ -51,6 +51,8 @@ class Transition(NamedTuple):
     is_correct: Tensor  # (B,) bool, whether the whole answer is right at this segment
     next_z_H: Tensor | None  # (B, T, D) of the segment bootstrapped from, no gradient; None without bootstrap
     ended: Tensor  # (B,) bool, whether the episode ended here (a wish to go on past max_steps included)
+    supervised: Tensor | None = None  # (B,) float32, each puzzle's supervised loss here, no gradient; None where the
+    # core is not trained, and in the delayed transitions of bootstrap=next_observation
 
 
 class AgentLoss(NamedTuple):

@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from agents import exploration as floors
 from agents import q_targets
 from agents.base import HaltingAgent, Transition, View
 from agents.checks import check_score
 from envs.actions import CONTINUE, HALT
-from hrm_rl import rng
 from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 
@@ -79,13 +79,8 @@ class QHaltingAgent(HaltingAgent):
 
     def _floor(self, view: View) -> Tensor:
         """M_min of every slot: fixed by the episode's key, and by the step where it is drawn anew each step."""
-        if self.max_steps < 2:
-            return torch.ones_like(view.steps)
-        key = rng.fold(view.key, _EXPLORE)
-        if self.exploration == "per_step":
-            key = rng.fold(key, view.steps)
-        u, v = rng.uniform(key, 2).unbind(dim=-1)
-        return q_targets.min_steps(u, 2 + (v * (self.max_steps - 1)).long(), self.epsilon)
+        per_step = self.exploration == "per_step"
+        return floors.floor(view.key, view.steps, self.max_steps, self.epsilon, per_step)
 
     def loss(self, transition: Transition) -> q_targets.QLosses:
         view, continued = transition.view, ~transition.ended
@@ -102,6 +97,3 @@ class QHaltingAgent(HaltingAgent):
             has_continue = q_targets.continue_mask(self.bootstrap, continued, at_limit)
         target_halt = q_targets.halt_target(transition.is_correct)
         return q_targets.q_losses(transition.q_logits, target_halt, target_continue, view.valid, has_continue)
-
-
-_EXPLORE = 0x45585031  # purpose of the exploration draws, apart from every other use of an episode's key

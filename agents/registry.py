@@ -15,13 +15,20 @@ from agents.confidence import ConfidenceAgent, ConfidenceMinAgent
 from agents.cosine import CosineAgent
 from agents.entropy import EntropyAgent
 from agents.fixed import FixedAgent
+from agents.graves import GravesAgent
+from agents.halt_bce import HaltBCEAgent
 from agents.kl import KLAgent
+from agents.lambda_return import LambdaAgent
 from agents.margin import MarginAgent
+from agents.monte_carlo import MonteCarloAgent
 from agents.oracle import OracleAgent
+from agents.ponder import PonderAgent
 from agents.q_halting import QHaltingAgent
 from agents.random_stop import RandomAgent
+from agents.reinforce import ReinforceAgent
 from agents.residual import ResidualAgent
 from agents.residual_max import ResidualMaxAgent
+from agents.sarsa import SarsaAgent
 from agents.second_order import SecondOrderAgent
 from agents.stability import StabilityAgent
 from agents.trm import TRMAgent
@@ -34,6 +41,8 @@ AGENTS: dict[str, type[HaltingAgent]] = {
     "confidence": ConfidenceAgent, "confidence_min": ConfidenceMinAgent, "entropy": EntropyAgent,
     "margin": MarginAgent, "stability": StabilityAgent, "residual": ResidualAgent, "residual_max": ResidualMaxAgent,
     "cosine": CosineAgent, "kl": KLAgent, "second_order": SecondOrderAgent,
+    "mc": MonteCarloAgent, "lambda": LambdaAgent, "sarsa": SarsaAgent, "bce": HaltBCEAgent, "act": GravesAgent,
+    "ponder": PonderAgent, "reinforce": ReinforceAgent,
 }  # fmt: skip
 
 #: Entry points of installed packages: [project.entry-points."hrm_rl.agents"] short_name = "module:Class".
@@ -43,6 +52,14 @@ GROUP = "hrm_rl.agents"
 def agent_names() -> list[str]:
     """Every short name there is: those that ship, then those of installed packages."""
     return [*AGENTS, *sorted({point.name for point in metadata.entry_points(group=GROUP)} - set(AGENTS))]
+
+
+def agent_name(agent_class: type[HaltingAgent]) -> str:
+    """A class's short name (shipped, or of an installed package), else its import path: `find_agent` takes either."""
+    module, name = agent_class.__module__, agent_class.__qualname__
+    short = [short for short, held in AGENTS.items() if held is agent_class]
+    short += [point.name for point in metadata.entry_points(group=GROUP) if point.value == f"{module}:{name}"]
+    return short[0] if short else f"{module}.{name}"
 
 
 def find_agent(name: str) -> type[HaltingAgent]:

@@ -27,9 +27,10 @@ def build_parser():
     parser.add_argument("--data", type=str, default="",
                         help=".csv, .csv.gz or hf://owner/name; nothing: the shipped test set.")  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, help="At most this many puzzles; 0 is all.")
-    parser.add_argument("--agent", type=str, default="q",
-                        help="q (the learned halt), another short name (docs/PLUGINS.md) or "
-                        "an import path; its arguments follow as --agent.NAME VALUE.")  # fmt: skip
+    parser.add_argument("--agent", type=str, default="auto",
+                        help="auto (the one the run was trained with, its arguments included; q in a file that names "
+                        "none), another short name (docs/PLUGINS.md) or an import path; its arguments follow as "
+                        "--agent.NAME VALUE and win over the run's.")  # fmt: skip
     parser.add_argument("--agent_args", type=dict, default={}, help='Or in one piece, e.g. \'{"k": 4}\'.')
     parser.add_argument("--batch_size", type=int, default=128, help="Puzzles in work at once.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda.")
@@ -70,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
     side = round(core.config.seq_len**0.5)
     puzzles = user_puzzles(options.data or None, side, "test", options.limit or None)
 
-    agent = _make_agent(options, agent_flags, loaded, core, budgets[-1])
+    name, arguments = _which_agent(options.agent, loaded)
+    agent = _make_agent(name, arguments | dict(options.agent_args) | agent_flags, loaded, core, budgets[-1])
     agent.to(device)
 
     from tqdm import tqdm
@@ -81,10 +83,10 @@ def main(argv: Sequence[str]) -> int:
         )
     solved = evaluation.solve(core, agent, puzzles, budgets[-1], options.batch_size, device)
     result = evaluation.report(run, budgets, solved) | {
-        "model": loaded.source, "test": puzzles.name, "test_sha256": puzzles.sha256, "agent": options.agent,
+        "model": loaded.source, "test": puzzles.name, "test_sha256": puzzles.sha256, "agent": name,
         "trained_with_max_steps": trained_with, "machine": describe(device), "torch": torch.__version__,
     }  # fmt: skip
-    label = "learned" if options.agent == "q" else options.agent.rpartition(".")[2]
+    label = "learned" if options.agent == "auto" and agent.learns or name == "q" else name.rpartition(".")[2]
     print(evaluation.table(result, puzzles.name, label))
     if out is not None:
         try:
@@ -94,13 +96,32 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _make_agent(options, agent_flags: dict[str, str], loaded, core, max_steps: int):
-    """The agent of --agent; a learned one gets the weights that lie beside the core."""
+def _which_agent(asked: str, loaded) -> tuple[str, dict]:
+    """(name, arguments) of --agent: those the model file notes, where it is that agent that is asked for.
+
+    auto is the file's own agent. A file that came from elsewhere cannot make us import code: an agent of the user's,
+    known by its import path, has to be named.
+    """
+    from agents import agent_names, find_agent
+    from agents.registry import agent_name
+
+    own, arguments = loaded.meta.get("agent", "q"), loaded.meta.get("agent_args", {})
+    if not isinstance(own, str) or not isinstance(arguments, dict):
+        raise UserError(f"{loaded.source}: its header names no valid agent ({own!r} with {arguments!r})")
+    if asked == "auto" and own not in agent_names():
+        raise UserError(f"{loaded.source}: was trained with {own}, which is no short name and must be asked for: "
+                        f"--agent {own}")  # fmt: skip
+    name = own if asked == "auto" else asked
+    same = name == own or agent_name(find_agent(name)) == own
+    return name, arguments if same else {}
+
+
+def _make_agent(name: str, arguments: dict, loaded, core, max_steps: int):
+    """The agent of that name; a learned one gets the weights that lie beside the core."""
     from agents import QHaltingAgent, find_agent, make_agent
 
-    agent_class = find_agent(options.agent)
-    bootstrap = loaded.meta.get("bootstrap", "extra_forward")
-    agent = make_agent(agent_class, core, max_steps, bootstrap, dict(options.agent_args) | agent_flags)
+    agent_class = find_agent(name)
+    agent = make_agent(agent_class, core, max_steps, loaded.meta.get("bootstrap", "extra_forward"), arguments)
     q_head = loaded.q_head.state_dict() if loaded.q_head is not None else {}
     held = loaded.agent_tensors | {f"q_head.{name}": value for name, value in q_head.items()}
     own = agent.state_dict()

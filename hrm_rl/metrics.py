@@ -23,7 +23,9 @@ TAGS: dict[str, str] = {
     "loss/q_continue": "Binary cross entropy between q_continue and its bootstrapped target, summed over the "
     "slots that have one and divided by all slots.",
     "loss/agent": "Loss of an agent that learns by another rule than Q-targets, as it enters the total.",
-    "agent/NAME": "A part of such a loss, under the name that the agent gives it.",
+    "agent/NAME": "A part of such a loss, under the name that the agent gives it. act: task (expected loss), ponder "
+    "(N + R); ponder: task, kl (to the prior, nats); reinforce: policy, baseline (half its squared error), entropy "
+    "(nats); all summed where an episode ended and divided by all slots; bce: bce, the mean over all slots.",
     "halt/exact_accuracy": "Share of the episodes that ended whose whole answer was right at their halt.",
     "halt/token_accuracy": "Share of right cells at the halt, mean over the episodes that ended.",
     "halt/mean_steps": "Segments used by the episodes that ended: the unit of compute.",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import hrm_rl  # noqa: F401 - registers the environments
 from agents import AgentLoss, HaltingAgent, QHaltingAgent, Transition, View, decide, make_agent, raise_fault, view_of
 from agents.q_targets import QLosses
+from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import evaluation, measure
 from hrm_rl.config import TrainConfig, small_core
@@ -117,6 +118,7 @@ class Trainer:
             raise UserError(f"agent {agent_class.__name__} cannot be trained with: {why}")
         self.agent = make_agent(agent_class, self.core, config.max_steps, config.bootstrap, agent_arguments)
         self.agent.to(self.device)
+        self.agent_arguments = dict(agent_arguments or {})
         self.learns_core = config.objective != "q"
         self.learns_q = config.objective != "supervised" and self.agent.learns
         if config.objective == "q" and not self.agent.learns:
@@ -268,7 +270,9 @@ class Trainer:
         losses: dict[str, Tensor] = {}
         total, q = [], None
         if self.learns_core:
-            losses["loss/supervised"] = supervised_loss(slots.logits, slots.labels, c.loss).sum() / B
+            per_slot = supervised_loss(slots.logits, slots.labels, c.loss)
+            losses["loss/supervised"] = per_slot.sum() / B
+            transition = transition._replace(supervised=per_slot.detach().float())
             total.append(c.supervised_weight * losses["loss/supervised"])
         if self.learns_q:
             learned_from = self._with_bootstrap(slots, transition)
@@ -396,6 +400,7 @@ class Trainer:
         """The model file's content (evaluation weights)."""
         core, agent = self.evaluation_models()
         meta = {"max_steps": self.config.max_steps, "bootstrap": self.config.bootstrap, **(meta or {})}
+        meta |= {"agent": agent_name(type(agent)), "agent_args": self.agent_arguments}
         q_head = getattr(agent, "q_head", None)
         return model_bytes(core, q_head if isinstance(q_head, QHead) else None, meta, agent)
 

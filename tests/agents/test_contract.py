@@ -9,6 +9,7 @@ import torch
 from hrm_testing import ROOT, counting_core, small_core, small_puzzles, small_trainer
 
 from agents import AGENTS, HaltingAgent, QHaltingAgent, View, decide, make_agent, view_of
+from agents.halt_logit import HaltLogitAgent
 from agents.q_targets import BOOTSTRAPS
 from envs import CONTINUE, HALT, SlotEngine
 from envs.previous import Previous
@@ -46,7 +47,8 @@ TRAINABLE = [name for name in ALL if name != "oracle"]
 LIVELY = {"confidence": {"tau": 0.55}, "confidence_min": {"tau": 0.38}, "entropy": {"tau": 1.1}, "margin": {"tau": 0.3},
           "stability": {"patience": 1}, "residual": {"tau": 0.4}, "residual_max": {"tau": 0.4}, "cosine": {"tau": 0.9},
           "kl": {"tau": 0.05}, "second_order": {"tau": 0.2}, "ConfidentAgent": {"threshold": 0.38},
-          "PatientAgent": {"patience": 1}}  # fmt: skip
+          "PatientAgent": {"patience": 1}, "bce": {"bias": 0.0}, "act": {"bias": -1.0},
+          "reinforce": {"bias": 0.0}}  # fmt: skip
 
 
 def core() -> HRMCore:
@@ -62,6 +64,8 @@ def build(name: str) -> HaltingAgent:
     if isinstance(agent, QHaltingAgent):
         agent.q_head.weight.data.normal_()
         agent.q_head.bias.data = torch.tensor([-0.5, 0.0])
+    if isinstance(agent, HaltLogitAgent):
+        agent.head.weight.data.normal_()
     return agent
 
 
@@ -173,7 +177,7 @@ def test_never_looks_at_the_answer(name):
     swapped = puzzles.answers.roll(1, dims=1)
     wrong = type(puzzles)("sudoku", 4, puzzles.questions, swapped, puzzles.ratings, puzzles.sources, "swapped")
     made, agent = counting_core(puzzles, 2), build(name)
-    if isinstance(agent, QHaltingAgent):  # its Q-head fits the small core
+    if agent.learns:  # its head fits the small core
         made = core()
     before, after = (trajectories(made, agent, p, 4, 5).wish for p in (puzzles, wrong))
     assert torch.equal(before, after) != (name == "oracle")

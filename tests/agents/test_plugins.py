@@ -13,12 +13,14 @@ import yaml
 from hrm_testing import ROOT, small_core, small_puzzles, small_trainer
 from torch import nn
 
-from agents import AGENTS, HaltingAgent, agent_names, find_agent, make_agent
+from agents import AGENTS, HaltingAgent, QHaltingAgent, agent_names, find_agent, make_agent
 from agents.arguments import check_arguments, split_flags
+from agents.halt_logit import HaltLogitAgent
 from envs import CONTINUE
 from hrm_rl import evaluate, train
 from hrm_rl.core import HRMCore
-from hrm_rl.core.io import load_core
+from hrm_rl.core.io import load_core, model_bytes
+from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 from hrm_rl.evaluation import solve, trajectories
 
@@ -70,15 +72,92 @@ def test_the_pages_text_trains_evaluates_and_resumes(users_folder, capsys, path,
     assert json.loads((users_folder / "r.json").read_text())["agent"] == path
 
 
-@pytest.mark.parametrize("name", [name for name in AGENTS if name not in ("q", "trm", "advantage")])
+OWN_HEAD = [name for name, held in AGENTS.items() if issubclass(held, HaltLogitAgent)]
+ON_Q_HEAD = [name for name, held in AGENTS.items() if issubclass(held, QHaltingAgent)]
+
+
+@pytest.mark.parametrize("name", [name for name in AGENTS if name not in (*OWN_HEAD, *ON_Q_HEAD)])
 def test_short_names_evaluate_the_core_that_ships(name, capsys):
     assert evaluate.main(["--agent", name, "--limit", "2", "--max-steps", "2", "--batch-size", "2"]) == 0
     assert f"{name}, at most 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["q", "trm", "advantage"])
+@pytest.mark.parametrize("name", ON_Q_HEAD)
 def test_rules_on_the_q_head_that_ships(name, capsys):
     assert evaluate.main(["--agent", name, "--limit", "2", "--max-steps", "2", "--batch-size", "2"]) == 0
+
+
+@pytest.mark.parametrize("name", OWN_HEAD)
+def test_what_needs_a_head_of_its_own_says_so(name):
+    with pytest.raises(UserError, match=r"holds no weights 'head\.weight' .* train with this agent first"):
+        evaluate.main(["--agent", name, "--limit", "2"])
+
+
+# --- the run's own agent ----------------------------------------------------------------------------------------
+
+
+def evaluated(folder, capsys, *words) -> tuple[dict, str]:
+    """(the report, what was printed) of `evaluate` on the run `folder`."""
+    out = folder.parent.parent / "r.json"
+    assert evaluate.main([str(folder), "--limit", "8", "--device", "cpu", "--out", str(out), *words]) == 0
+    return json.loads(out.read_text()), capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "other"),
+    [("ponder", ["rule", "cdf", "threshold", "-1"], ["threshold", "1"]), ("fixed", ["k", "2"], ["k", "3"]),
+     ("lambda", ["threshold", "-9"], ["threshold", "9"])],
+)  # fmt: skip
+def test_a_run_is_evaluated_by_its_own_agent(users_folder, capsys, name, flags, other):
+    """Threshold -1 halts at once: that it does says that the arguments are those of the run; flags win over them."""
+    pairs = [[f"--agent.{a}", b] for a, b in zip(flags[::2], flags[1::2], strict=True)]
+    objective = "supervised" if name == "fixed" else "joint"
+    given = [word for pair in pairs for word in pair]
+    assert train.main([*RUN, "--agent", name, *given, "--name", "mine", "--objective", objective]) == 0
+    capsys.readouterr()
+    run, first = users_folder / "runs/mine", 2 if name == "fixed" else 1
+    for words in ([], ["--agent", name], ["--agent", f"{AGENTS[name].__module__}.{AGENTS[name].__qualname__}"]):
+        result, printed = evaluated(run, capsys, *words)
+        assert result["learned_halt"][0]["mean_steps"] == first
+        assert ("learned, at most 3" in printed) == (not words and name != "fixed")
+    result, _ = evaluated(run, capsys, f"--agent.{other[0]}", other[1])
+    assert result["agent"] == name and result["learned_halt"][0]["mean_steps"] == 3
+    result, _ = evaluated(run, capsys, "--agent", "stability")  # another agent gets none of the run's arguments
+    assert result["agent"] == "stability"
+
+
+def test_a_file_from_elsewhere_imports_nothing(users_folder, capsys):
+    """An agent known by an import path is asked for by name; its arguments are then the run's."""
+    own = ["--agent", "my_agent.ConfidentAgent"]
+    assert train.main([*RUN, "--objective", "supervised", *own, "--agent.threshold", "0", "--name", "mine"]) == 0
+    del sys.modules["my_agent"]
+    with pytest.raises(UserError, match=r"was trained with my_agent.ConfidentAgent, .* --agent my_agent.Conf"):
+        evaluate.main(["runs/mine"])
+    assert "my_agent" not in sys.modules
+    assert evaluated(users_folder / "runs/mine", capsys, *own)[0]["learned_halt"][0]["mean_steps"] == 1
+
+
+def model_file(folder, **meta):
+    core = HRMCore(small_core())
+    (folder / "it.safetensors").write_bytes(model_bytes(core, QHead(16), {"max_steps": 3, **meta}))
+    return folder / "it.safetensors"
+
+
+def test_a_file_that_names_no_agent_is_read_with_q(tmp_path, capsys):
+    assert evaluate.main([str(model_file(tmp_path)), "--limit", "4", "--out", str(tmp_path / "r.json")]) == 0
+    assert "learned, at most 3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["agent"] == "q"
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [({"agent": 3}, "names no valid agent"), ({"agent": "q", "agent_args": [1]}, "names no valid agent"),
+     ({"agent": "os.system"}, "must be asked for: --agent os.system"), ({"agent": ""}, "must be asked for"),
+     ({"agent": "q", "agent_args": {"epsilom": 1}}, "did you mean 'epsilon'")],
+)  # fmt: skip
+def test_what_a_header_may_say_of_its_agent(tmp_path, meta, said):
+    with pytest.raises(UserError, match=said):
+        evaluate.main([str(model_file(tmp_path, **meta)), "--limit", "4"])
 
 
 # --- by name ----------------------------------------------------------------------------------------------------
