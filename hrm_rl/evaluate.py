@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         if not low <= options[name] < 1 << 31:
             raise UserError(f"--{name} must be between {low} and {(1 << 31) - 1}, not {options[name]}")
     loaded = load_core(options.run)
-    core = _in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
+    core = in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
     if budgets[0] < 1 or budgets[-1] > 10_000:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     side = round(core.config.seq_len**0.5)
     puzzles = user_puzzles(options.data or None, side, "test", options.limit or None)
 
-    agent = _make_agent(options, agent_flags, loaded, core, budgets[-1])
+    agent = load_agent(options.agent, dict(options.agent_args) | agent_flags, loaded, core, budgets[-1])
     agent.to(device)
 
     from tqdm import tqdm
@@ -94,13 +94,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _make_agent(options, agent_flags: dict[str, str], loaded, core, max_steps: int):
-    """The agent of --agent; a learned one gets the weights that lie beside the core."""
+def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
+    """The agent of this name; a learned one gets the weights that lie beside the core. UserError if there are none."""
     from agents import QHaltingAgent, find_agent, make_agent
 
-    agent_class = find_agent(options.agent)
+    agent_class = find_agent(name)
     bootstrap = loaded.meta.get("bootstrap", "extra_forward")
-    agent = make_agent(agent_class, core, max_steps, bootstrap, dict(options.agent_args) | agent_flags)
+    agent = make_agent(agent_class, core, max_steps, bootstrap, arguments)
     q_head = loaded.q_head.state_dict() if loaded.q_head is not None else {}
     held = loaded.agent_tensors | {f"q_head.{name}": value for name, value in q_head.items()}
     own = agent.state_dict()
@@ -116,7 +116,7 @@ def _make_agent(options, agent_flags: dict[str, str], loaded, core, max_steps: i
     return agent
 
 
-def _in_dtype(core_class: type, core, dtype: str):
+def in_dtype(core_class: type, core, dtype: str):
     """The same core computing in another dtype."""
     from dataclasses import replace
 

@@ -102,6 +102,11 @@ def weights_sha256(module: nn.Module) -> str:
     return _digest(*parts)
 
 
+def model_sha256(path: str | Path) -> str:
+    """SHA-256 of a model's file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 @lru_cache
 def code_sha256() -> str:
     """SHA-256 of the code that a recording depends on: the core, the signals, evaluation and this file."""
@@ -224,6 +229,11 @@ _RULES = (
     (OracleAgent, ("act", "score"), lambda agent, held, device: _of_scores(agent, held.exact.float())),
     (QHaltingAgent, ("act", "score", "scores"), _of_q_head),
 )
+
+
+def is_recordable(agent: HaltingAgent) -> bool:
+    """Whether `from_recording` knows the rule, so that it costs no run of the core."""
+    return _rule(agent) is not None
 
 
 def _rule(agent: HaltingAgent) -> Callable | None:
