@@ -255,6 +255,11 @@ def table(compared: Compared, ponder_cost: float) -> str:
         )  # fmt: skip
     lines.append(f"regret with a cost of {ponder_cost:g} for each further segment; AUROC, Brier and ECE over all "
                  "segments; - where there is none")  # fmt: skip
+    timed = [row for row in compared.rows if row["live_differs"] is not None]
+    if timed:
+        differs = sum(row["live_differs"] for row in timed)
+        lines.append("puzzles/s: wall-clock of halting for real, once; halts and answers differ from the recording in "
+                     f"{differs} cases")  # fmt: skip
     against = f"against {compared.baseline}"
     lines += ["", f"{'exact accuracy, points':<{width + 24}}{'against fixed, same mean steps':>32}{against:>28}"]
     for row in compared.rows:

@@ -90,7 +90,7 @@ def frontier_figure(result: dict) -> bytes:
         axes.plot(*point, marks[number % len(marks)], color=color, ms=6, label=row["agent"], zorder=3)
         if row["agent"] in (result["residual"], result["baseline"]) and row["curve"]:
             axes.plot([p["mean_steps"] for p in row["curve"]], [p["exact_accuracy"] for p in row["curve"]],
-                      color=color, lw=0.9, alpha=0.8, zorder=2)  # fmt: skip
+                      color=color, lw=0.9, alpha=0.8, zorder=2, label=f"{row['agent']}, other thresholds")  # fmt: skip
     best = max([accuracy for _, accuracy in fixed] + [row["exact_accuracy"] for row in result["agents"]])
     axes.set(xlabel="mean segments per puzzle", ylabel="exact accuracy")
     axes.set_ylim(max(-0.02, best - 0.35), min(1.02, best + 0.03))
