@@ -214,7 +214,8 @@ def table_by_hand(learned_steps: list[int]):
     learned = QHaltingAgent(Core(), 3)
     entries = [entry("q", learned, learned_steps),
                entry("residual", AGENTS["residual"](3), [3, 3, 3, 3]),
-               entry("fixed", FixedAgent(3, 2), [2, 2, 2, 2]), entry("oracle", OracleAgent(3), [2, 1, 3, 3])]  # fmt: skip
+               entry("fixed", FixedAgent(3, 2), [2, 2, 2, 2]),
+               entry("oracle", OracleAgent(3), [2, 1, 3, 3])]  # fmt: skip
     return comparison.compare(entries, by_hand(), {}, "fixed", 0.1, flops=10, resamples=200)
 
 
