@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
     if options.timing:
         evaluation.solve(core, entries[0].agent, test.select(_first(len(test))), 2, options.batch_size, device)  # warm
         entries = [
-            comparison.replace(e, solved=evaluation.solve(core, e.agent, test, max_steps, options.batch_size, device))
+            replace(e, solved=evaluation.solve(core, e.agent, test, max_steps, options.batch_size, device))
             for e in tqdm(entries, unit="rule", desc="timing", disable=None, file=sys.stderr, leave=False)
         ]
     flops = segment_flops(core.config).forward
@@ -184,10 +184,10 @@ def _entries(chosen, passes: dict, target, baseline: str, max_steps: int) -> lis
         if calibrates:
             comparison.check_score(spec.label, agent, val)
             choice = comparison.choose(val.scores, held.exact, target, agent.strict)
-            entry = comparison.with_threshold(agent, comparison.replace(entry, choice=choice), choice.threshold)
+            entry = comparison.with_threshold(agent, replace(entry, choice=choice), choice.threshold)
             steps = val.steps(choice.threshold, agent.strict)
         elif val.scores is not None and not entry.is_oracle:
-            entry = comparison.replace(entry, setting=comparison.setting_of(agent))
+            entry = replace(entry, setting=comparison.setting_of(agent))
         entries.append(entry)
         if spec.label == baseline:
             matched = float(steps.double().mean())
@@ -197,8 +197,8 @@ def _entries(chosen, passes: dict, target, baseline: str, max_steps: int) -> lis
         if not spec.own:  # matched to the mean steps of the baseline on the validation puzzles
             agent = RandomAgent(max_steps, matched, **{k: v for k, v in spec.arguments.items() if k == "distribution"})
             tested = from_recording(agent, recording)
-            entry = comparison.replace(entry, agent=agent, wishes=tested, steps=tested.steps())
-        entries[i] = comparison.replace(entry, setting=f"mean={agent.mean_steps:.4g}")
+            entry = replace(entry, agent=agent, wishes=tested, steps=tested.steps())
+        entries[i] = replace(entry, setting=f"mean={agent.mean_steps:.4g}")
     return entries
 
 
