@@ -82,7 +82,7 @@ def make_problem(
     device = _device(device)
     core, q_head, meta, size = _core(core, q_head, size, data, device)
     puzzles = _puzzles(data, size, split)
-    _check_fit(core, puzzles)
+    check_fit(core, puzzles)
     engine = SlotEngine(
         puzzles, core, num_slots, max_steps=max_steps or meta.get("max_steps", DEFAULT_MAX_STEPS),
         ponder_cost=ponder_cost, augment=augment, clues=clues, device=device, differentiable=differentiable,
@@ -191,7 +191,8 @@ def _puzzles(data: PuzzleSet | str | Path | None, size: int, split: str) -> Puzz
     return puzzles
 
 
-def _check_fit(core: nn.Module, puzzles: PuzzleSet) -> None:
+def check_fit(core: nn.Module, puzzles: PuzzleSet) -> None:
+    """UserError unless the core was made for puzzles of this side."""
     for attribute in ("initial_state", "num_positions", "hidden_size"):
         if not hasattr(core, attribute):
             raise UserError(f"core: {type(core).__name__} has no {attribute} (see hrm_rl.core.Core)")

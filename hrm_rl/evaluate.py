@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         if not low <= options[name] < 1 << 31:
             raise UserError(f"--{name} must be between {low} and {(1 << 31) - 1}, not {options[name]}")
     loaded = load_core(options.run)
-    core = _in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
+    core = in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
     if budgets[0] < 1 or budgets[-1] > 10_000:
@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
     side = round(core.config.seq_len**0.5)
     puzzles = user_puzzles(options.data or None, side, "test", options.limit or None)
 
-    name, arguments = _which_agent(options.agent, loaded)
-    agent = _make_agent(name, arguments | dict(options.agent_args) | agent_flags, loaded, core, budgets[-1])
+    name, arguments = which_agent(options.agent, loaded)
+    agent = load_agent(name, arguments | dict(options.agent_args) | agent_flags, loaded, core, budgets[-1])
     agent.to(device)
 
     from tqdm import tqdm
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _which_agent(asked: str, loaded) -> tuple[str, dict]:
+def which_agent(asked: str, loaded) -> tuple[str, dict]:
     """(name, arguments) of --agent: those the model file notes, where it is that agent that is asked for.
 
     auto is the file's own agent. A file that came from elsewhere cannot make us import code: an agent of the user's,
@@ -116,8 +116,8 @@ def _which_agent(asked: str, loaded) -> tuple[str, dict]:
     return name, arguments if same else {}
 
 
-def _make_agent(name: str, arguments: dict, loaded, core, max_steps: int):
-    """The agent of that name; a learned one gets the weights that lie beside the core."""
+def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
+    """The agent of that name; a learned one gets the weights that lie beside the core. UserError if there are none."""
     from agents import QHaltingAgent, find_agent, make_agent
 
     agent_class = find_agent(name)
@@ -137,7 +137,7 @@ def _make_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     return agent
 
 
-def _in_dtype(core_class: type, core, dtype: str):
+def in_dtype(core_class: type, core, dtype: str):
     """The same core computing in another dtype."""
     from dataclasses import replace
 

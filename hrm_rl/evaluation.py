@@ -58,12 +58,17 @@ def _score(logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     return (right == cells) & (cells > 0), right.float() / cells.clamp(min=1)
 
 
+def episode_keys(index: Tensor) -> Tensor:
+    """(B,) int64: the random keys that agents draw from in evaluation, of the puzzles at index (B,)."""
+    return rng.fold(torch.full_like(index, _KEY), index)
+
+
 def _view(
     output: CoreOutput, steps: Tensor, tokens: Tensor, answers: Tensor, index: Tensor, previous: Previous,
     sees: Collection[str],
 ) -> View:  # fmt: skip
     """What an agent sees: index (B,) of the puzzles, tokens and answers (B, S); an answer for an oracle alone."""
-    key = rng.fold(torch.full_like(index, _KEY), index)
+    key = episode_keys(index)
     is_correct = _score(output.logits, answers)[0] if "is_correct" in sees else None
     valid = (answers > 0).any(-1)
     return View(output.state.z_H, output.logits, steps, valid, key, tokens, *previous, is_correct)

@@ -63,3 +63,41 @@ def _q_values(axes, result: dict) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, marker=".", label=f"{action}, answer {kind}")
     axes.legend(fontsize=8)
+
+
+def frontier_figure(result: dict) -> bytes:
+    """PNG of the accuracy-compute frontier of a comparison (`hrm_rl.compare`): the fixed-k curve, the oracle, every
+    rule at its threshold and, thin, the curves that the thresholds of residual and the baseline sweep out."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    fixed = [(row["steps"], row["exact_accuracy"]) for row in result["fixed_steps"]]
+    axes.plot(*zip(*fixed, strict=True), ".-", color=NEUTRAL, label="fixed k", zorder=1)
+    for k, accuracy in fixed:
+        axes.annotate(str(k), (k, accuracy), xytext=(0, -11), textcoords="offset points", fontsize=7, color=NEUTRAL,
+                      ha="center")  # fmt: skip
+    marks = "osD^v<>PXhp"
+    for number, row in enumerate(result["agents"]):
+        color, point = f"C{number % 10}", (row["mean_steps"], row["exact_accuracy"])
+        if row["oracle"]:
+            axes.plot(*point, "*", ms=16, color="#d4a017", label="oracle (upper bound)", zorder=4)
+            continue
+        axes.plot(*point, marks[number % len(marks)], color=color, ms=6, label=row["agent"], zorder=3)
+        if row["agent"] in (result["residual"], result["baseline"]) and row["curve"]:
+            axes.plot([p["mean_steps"] for p in row["curve"]], [p["exact_accuracy"] for p in row["curve"]],
+                      color=color, lw=0.9, alpha=0.8, zorder=2, label=f"{row['agent']}, other thresholds")  # fmt: skip
+    best = max([accuracy for _, accuracy in fixed] + [row["exact_accuracy"] for row in result["agents"]])
+    axes.set(xlabel="mean segments per puzzle", ylabel="exact accuracy")
+    axes.set_ylim(max(-0.02, best - 0.35), min(1.02, best + 0.03))
+    held = [result[split]["puzzles"] for split in ("test", "validation")]
+    axes.set_title(f"{held[0]} test puzzles, thresholds from {held[1]} others", fontsize=10)
+    axes.grid(alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    return content.getvalue()

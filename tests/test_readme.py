@@ -36,14 +36,16 @@ def test_the_agent_example_evaluates(tmp_path):
 
 def test_every_flag_it_shows_exists():
     from agents import HaltingAgent, find_agent
+    from hrm_rl.compare import build_parser as compare_parser
     from hrm_rl.evaluate import build_parser as evaluate_parser
     from hrm_rl.train import build_parser as train_parser
 
     known = {
         "train": {action.dest for action in train_parser()._actions},
         "evaluate": {action.dest for action in evaluate_parser()._actions},
+        "compare": {action.dest for action in compare_parser()._actions},
     }
-    shown = re.findall(r"python3? -m hrm_rl\.(train|evaluate)((?: +[^\n#`]+)?)", README)
+    shown = re.findall(r"python3? -m hrm_rl\.(train|evaluate|compare)((?: +[^\n#`]+)?)", README)
     assert len(shown) > 8
     for command, rest in shown:
         for flag in re.findall(r"--([a-z][a-z_.\-]*)", rest):
