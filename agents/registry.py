@@ -22,6 +22,7 @@ from agents.q_halting import QHaltingAgent
 from agents.random_stop import RandomAgent
 from agents.residual import ResidualAgent
 from agents.residual_max import ResidualMaxAgent
+from agents.sb3 import A2CAgent, DQNAgent, PPOAgent
 from agents.second_order import SecondOrderAgent
 from agents.stability import StabilityAgent
 from agents.trm import TRMAgent
@@ -34,6 +35,7 @@ AGENTS: dict[str, type[HaltingAgent]] = {
     "confidence": ConfidenceAgent, "confidence_min": ConfidenceMinAgent, "entropy": EntropyAgent,
     "margin": MarginAgent, "stability": StabilityAgent, "residual": ResidualAgent, "residual_max": ResidualMaxAgent,
     "cosine": CosineAgent, "kl": KLAgent, "second_order": SecondOrderAgent,
+    "sb3.DQN": DQNAgent, "sb3.PPO": PPOAgent, "sb3.A2C": A2CAgent,
 }  # fmt: skip
 
 #: Entry points of installed packages: [project.entry-points."hrm_rl.agents"] short_name = "module:Class".
