@@ -148,8 +148,7 @@ class SB3Trainer:
 
     def _meta(self) -> dict[str, Any]:
         """What the model file notes of the agent, so that it can be built again."""
-        kind = type(self.agent)
-        return {"agent": f"{kind.__module__}.{kind.__qualname__}", "agent_args": self.agent_arguments}
+        return {"agent": f"sb3.{self.agent.algorithm}", "agent_args": self.agent_arguments}
 
     def model(self, meta: dict | None = None) -> bytes:
         """The model file's content: the core and SB3's policy, as tensors."""
