@@ -14,6 +14,7 @@ where the resumed run is given other total_steps (it is a share of the whole).
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -121,7 +122,8 @@ class SB3Trainer:
         """The metrics since the last line: the episodes' own, and what SB3 records, as agent/NAME."""
         values = details | self.callback.take()
         for name, value in self.learner.logger.name_to_value.items():
-            values[f"agent/{name.rpartition('/')[2]}"] = float(value)
+            if math.isfinite(value):  # the explained variance of a rollout without variance is not
+                values[f"agent/{name.rpartition('/')[2]}"] = float(value)
         values["time/samples_per_second"] = self.samples / max(seconds, 1e-9)
         values["time/elapsed"] = self.elapsed
         self.samples = 0
