@@ -55,7 +55,7 @@ def find_agent(name: str) -> type[HaltingAgent]:
     if points:
         return _checked(name, lambda: points[0].load(), f" (entry point {points[0].value})")
     module, _, attribute = name.rpartition(".")
-    if not module:
+    if module in ("", "sb3"):
         known = agent_names()
         raise UserError(f"agent {name!r} is unknown{nearest(name, known)} (one of {', '.join(known)}, or an import "
                         "path as in my_package.my_file.MyAgent)")  # fmt: skip

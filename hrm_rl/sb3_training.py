@@ -7,8 +7,9 @@ in every slot, as everywhere, so runs of equal steps and slots have seen equally
 
 Resuming goes on number for number (with compile=off), for all three algorithms: weights, moments of the optimiser,
 replay memory, slots and the state of every generator that SB3 draws from are in the checkpoint, as tensors and plain
-values. Two things are not: the statistics of SB3's own logger, which nothing here reads, and the learning rate's course
-where the resumed run is given other total_steps (it is a share of the whole).
+values. What does not go on as if nothing had happened: SB3's averages over past episodes (`ep_info_buffer`), which
+nothing here reads, and a run resumed with other total_steps, since SB3's schedules are shares of the whole. They follow
+total_steps alone; a time_budget ends the run where it stands.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from agents import make_agent
 from agents.sb3 import SB3Agent
 from hrm_rl import evaluation, measure
-from hrm_rl.config import TrainConfig
+from hrm_rl.config import OptimConfig, TrainConfig
 from hrm_rl.core import HRMCore
 from hrm_rl.core.io import model_bytes
 from hrm_rl.devices import pick_device
@@ -56,6 +57,9 @@ class SB3Trainer:
         name = f"sb3.{agent_class.algorithm}"
         if config.objective != "q":
             raise UserError(f"agent {name} learns on a frozen core: it needs objective q, not {config.objective}")
+        if config.optim != OptimConfig():
+            raise UserError(f"optim: agent {name} has an optimiser of its own; its flags are --agent.learning_rate "
+                            "and the like")  # fmt: skip
         agent_class.algorithm_class()  # SB3 is there, or one line says that it is not
         self.config = config
         self.device = pick_device(config.device)

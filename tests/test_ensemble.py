@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hrm_testing import counting_core, small_core, small_puzzles
@@ -127,6 +129,16 @@ def test_refusals():
         solve_ensemble(core, agent, puzzles, M, "last", 2)
     with pytest.raises(UserError, match="between 1 and 1024, not 0"):
         solve_ensemble(core, agent, puzzles, M, "first", 0)
+    with pytest.raises(UserError, match="--copies must be between 1 and 1024, not 0"):
+        evaluate.main(["--copies", "0"])
+
+    class OnlyActs(HaltingAgent):
+        def act(self, view, q_logits=None, explore=False):
+            return torch.zeros_like(view.steps)
+
+    with pytest.raises(UserError, match="needs an agent with Q-values or a score; OnlyActs has neither"):
+        solve_ensemble(core, OnlyActs(M), puzzles, M, "best", 2)
+    assert (solve_ensemble(core, OnlyActs(M), puzzles, M, "first", 2).segments == 2).all()
 
 
 def test_the_command_prints_and_writes_it(tmp_path, capsys):
@@ -134,7 +146,5 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys):
     words = ["--limit", "8", "--max-steps", "3", "--ensemble", "first", "--copies", "2", "--out", str(out)]
     assert evaluate.main(words) == 0
     assert "ensemble first of 2" in capsys.readouterr().out
-    import json
-
     row = json.loads(out.read_text())["ensemble"]
     assert row["copies"] == 2 and row["mean_segments"] == pytest.approx(2 * row["mean_steps"])

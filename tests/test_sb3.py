@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from hrm_testing import counting_core, small_config, small_core, small_puzzles
+from hrm_testing import ROOT, counting_core, small_config, small_core, small_puzzles
 
 from agents import find_agent, make_agent
 from agents.sb3 import SB3Agent
 from envs import CONTINUE, HALT, SudokuHaltVectorEnv
 from envs.sb3 import SB3VecEnv
-from hrm_rl import train
+from hrm_rl import evaluate, train
+from hrm_rl.config import OptimConfig
 from hrm_rl.core import HRMCore
 from hrm_rl.core.io import load_core
 from hrm_rl.errors import UserError
@@ -61,7 +64,7 @@ def trainer(name: str, arguments: dict | None = None, *, right=(3, 3), core=None
     puzzles = small_puzzles(8)
     core = core or counting_core(puzzles, *right)
     settings = dict(objective="q", num_envs=8, max_steps=M, augment=False) | changes
-    config = small_config(**settings)
+    config = replace(small_config(**settings), optim=OptimConfig())
     return SB3Trainer(config, find_agent(f"sb3.{name}"), QUICK[name] if arguments is None else arguments, core=core,
                       puzzles=puzzles, test_puzzles=puzzles)  # fmt: skip
 
@@ -139,6 +142,13 @@ def test_the_rest_of_the_face():
     wrapped.close()
     with pytest.raises(UserError, match="tensors='numpy'"):
         SB3VecEnv(envs(tensors="torch"))
+
+
+def test_the_documented_example_runs():
+    (block,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "PLUGINS.md").read_text(), re.DOTALL)
+    space: dict = {}
+    exec(block, space)
+    assert space["model"].num_timesteps >= 100
 
 
 def test_sb3_checks_the_single_form():
@@ -314,13 +324,24 @@ def test_lines_fall_where_a_rollout_passes_them():
         (["--agent.gamma=1.5"], "agent.gamma must be between 0 and 1, not 1.5"),
         (["--agent.batch_size=0"], "agent.batch_size must be at least 1, not 0"),
         (["--agent.net_arch=[0]"], r"agent.net_arch must hold sizes of at least 1, not \[0\]"),
-        (["--agent=sb3.DQM"], "'sb3.DQM'"),
+        (["--agent=sb3.DQM"], "agent 'sb3.DQM' is unknown; did you mean 'sb3.DQN'?"),
+        (["--optim.lr=0.1"], "optim: agent sb3.DQN has an optimiser of its own"),
     ],
 )
 def test_refusals(more, said, tmp_path, model):
     with pytest.raises(UserError, match=said) as error:
         train.main(words("DQN", model, tmp_path / "runs", *more))
     assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+
+
+def test_what_sb3_itself_refuses():
+    with pytest.raises(UserError, match="agent_args of PPOAgent: SB3 refuses the settings .*greater than 1"):
+        trainer("PPO", {"n_steps": 1}, num_envs=1)
+
+
+def test_an_untrained_one_is_not_evaluated():
+    with pytest.raises(UserError, match="holds no weights 'policy.* of DQNAgent; train with this agent first"):
+        evaluate.main(["--agent", "sb3.DQN", "--limit", "4"])
 
 
 def test_without_sb3_it_says_so(monkeypatch, tmp_path, model):
