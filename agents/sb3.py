@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from agents.base import HaltingAgent, Transition, View
 from envs.actions import ACTION_NAMES, CONTINUE, HALT
 from hrm_rl.errors import UserError
+from hrm_rl.settings import shortened
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+_MOST_LAYERS, _WIDEST = 8, 4096  # so that a model file cannot ask for more memory than it has itself
 _NOT_SETTINGS = ("self", "core", "max_steps", "threshold", "net_arch", "activation", "schedule")
 
 
@@ -48,8 +50,9 @@ class SB3Agent(HaltingAgent):
     ):  # fmt: skip
         super().__init__(max_steps, threshold)
         net_arch = [64, 64] if net_arch is None else list(net_arch)
-        if any(size < 1 for size in net_arch):
-            raise UserError(f"agent.net_arch must hold sizes of at least 1, not {net_arch}")
+        if len(net_arch) > _MOST_LAYERS or not all(1 <= size <= _WIDEST for size in net_arch):
+            raise UserError(f"agent.net_arch must hold at most {_MOST_LAYERS} sizes between 1 and {_WIDEST}, not "
+                            f"{shortened(net_arch)}")  # fmt: skip
         self.schedule, self.settings = schedule, settings
         self.policy_kwargs = {"net_arch": net_arch, "activation_fn": ACTIVATIONS[activation]}
         from gymnasium import spaces

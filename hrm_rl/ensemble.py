@@ -66,9 +66,9 @@ def solve_ensemble(
 ) -> EnsembleRun:  # fmt: skip
     """Let `agent` (built for this `max_steps`) halt on every copy and choose one answer a puzzle.
 
-    first: the copy that halts at the earliest segment (among those of one segment the one with the highest score, where
-    the agent has one), and that many segments are run in each of the K. best: the copy whose q_halt (the agent's score,
-    where it has no Q-values) is highest at its own halt; every copy runs to its halt. Ties go to the lowest copy.
+    A copy's worth is its q_halt at its own halt, the agent's score where it has no Q-values. first: the copy that halts
+    at the earliest segment (among several the one of the highest worth), and that many segments are run in each of the
+    K. best: the copy of the highest worth; every copy runs to its halt. Ties go to the lowest copy.
     `seed` fixes the symmetries. UserError for a rule the agent cannot serve.
     """
     if rule not in RULES:

@@ -323,7 +323,7 @@ def test_lines_fall_where_a_rollout_passes_them():
         (["--agent.learning_rate=much"], "learning_rate must be float, not 'much'"),
         (["--agent.gamma=1.5"], "agent.gamma must be between 0 and 1, not 1.5"),
         (["--agent.batch_size=0"], "agent.batch_size must be at least 1, not 0"),
-        (["--agent.net_arch=[0]"], r"agent.net_arch must hold sizes of at least 1, not \[0\]"),
+        (["--agent.net_arch=[0]"], r"net_arch must hold at most 8 sizes between 1 and 4096, not \[0\]"),
         (["--agent=sb3.DQM"], "agent 'sb3.DQM' is unknown; did you mean 'sb3.DQN'?"),
         (["--optim.lr=0.1"], "optim: agent sb3.DQN has an optimiser of its own"),
     ],
