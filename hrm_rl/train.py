@@ -178,7 +178,7 @@ class _Session:
                     break
                 coming = trainer.step + stride
                 due = passes(trainer.step, c.log_every) or coming >= c.total_steps
-                next_due = passes(coming, c.log_every) or coming + stride >= c.total_steps
+                next_due = passes(coming, c.log_every) or coming < c.total_steps <= coming + stride
                 details = trainer.update(detailed=due, before_detailed=next_due)
                 now = time.perf_counter()
                 trainer.elapsed, clock = trainer.elapsed + now - clock, now

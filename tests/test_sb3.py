@@ -301,6 +301,10 @@ def test_a_run_is_a_run_like_every_other(name, tmp_path, model, capsys):
     row = report["learned_halt"][-1]
     assert solved.steps.float().mean().item() == pytest.approx(row["mean_steps"])
     assert solved.exact.float().mean().item() == pytest.approx(row["exact_accuracy"])
+    argv = [str(run), "--agent", f"sb3.{name}", "--limit=8", "--batch-size=4", f"--out={tmp_path / 'e.json'}"]
+    assert evaluate.main(argv) == 0 and f"{name}, at most 3" in capsys.readouterr().out
+    again = json.loads((tmp_path / "e.json").read_text())["learned_halt"][-1]
+    assert (again["mean_steps"], again["exact_accuracy"]) == (row["mean_steps"], row["exact_accuracy"])
     # and the run goes on
     assert train.main(["--resume", str(run), "--total-steps=32"]) == 0
     assert read_metrics(run)[-1]["step"] == 32
