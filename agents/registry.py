@@ -29,6 +29,7 @@ from agents.reinforce import ReinforceAgent
 from agents.residual import ResidualAgent
 from agents.residual_max import ResidualMaxAgent
 from agents.sarsa import SarsaAgent
+from agents.sb3 import A2CAgent, DQNAgent, PPOAgent
 from agents.second_order import SecondOrderAgent
 from agents.stability import StabilityAgent
 from agents.trm import TRMAgent
@@ -43,6 +44,7 @@ AGENTS: dict[str, type[HaltingAgent]] = {
     "cosine": CosineAgent, "kl": KLAgent, "second_order": SecondOrderAgent,
     "mc": MonteCarloAgent, "lambda": LambdaAgent, "sarsa": SarsaAgent, "bce": HaltBCEAgent, "act": GravesAgent,
     "ponder": PonderAgent, "reinforce": ReinforceAgent,
+    "sb3.DQN": DQNAgent, "sb3.PPO": PPOAgent, "sb3.A2C": A2CAgent,
 }  # fmt: skip
 
 #: Entry points of installed packages: [project.entry-points."hrm_rl.agents"] short_name = "module:Class".
@@ -70,7 +72,7 @@ def find_agent(name: str) -> type[HaltingAgent]:
     if points:
         return _checked(name, lambda: points[0].load(), f" (entry point {points[0].value})")
     module, _, attribute = name.rpartition(".")
-    if not module:
+    if module in ("", "sb3"):
         known = agent_names()
         raise UserError(f"agent {name!r} is unknown{nearest(name, known)} (one of {', '.join(known)}, or an import "
                         "path as in my_package.my_file.MyAgent)")  # fmt: skip

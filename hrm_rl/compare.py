@@ -213,7 +213,7 @@ def _agents(specs: list[Spec], baseline: str, loaded, core, max_steps: int, devi
         spec = replace(spec, name=name, arguments=noted | spec.arguments)
         return spec, load_agent(name, spec.arguments, loaded, core, max_steps).to(device).eval()
 
-    found = [build(spec) for spec in specs] or _default_agents(build)
+    found = [build(spec) for spec in specs] or _default_agents(build, loaded.meta.get("agent", "q"))
     labels = [spec.label for spec, _ in found]
     for label in labels:
         if labels.count(label) > 1:
@@ -232,16 +232,20 @@ def _agents(specs: list[Spec], baseline: str, loaded, core, max_steps: int, devi
     return found
 
 
-def _default_agents(build) -> list:
-    """Every agent that ships and fits: rules that are read off the recording, learned ones whose weights are there.
+def _default_agents(build, trained: str) -> list:
+    """Every agent that ships and fits: rules that are read off the recording, and the learned one that the file is of.
 
+    Other learners read the same Q-head without having trained it, so they stay out, but for the two rules on it.
     A learned agent stands twice: with the threshold it was trained with (@own) and with a calibrated one.
     """
     from agents import AGENTS
     from hrm_rl.recorded import is_recordable
 
     found = []
+    fitting = {"q", "trm", "advantage"} if trained == "q" else {trained}
     for name, agent_class in AGENTS.items():
+        if agent_class.learns and name not in fitting:
+            continue
         try:
             spec, agent = build(read_spec(name))
         except UserError:  # learned, and the file holds no weights of it

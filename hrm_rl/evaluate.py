@@ -32,6 +32,10 @@ def build_parser():
                         "none), another short name (docs/PLUGINS.md) or an import path; its arguments follow as "
                         "--agent.NAME VALUE and win over the run's.")  # fmt: skip
     parser.add_argument("--agent_args", type=dict, default={}, help='Or in one piece, e.g. \'{"k": 4}\'.')
+    parser.add_argument("--ensemble", type=Literal["none", "first", "best"], default="none",
+                        help="Show each puzzle in several symmetries as well and answer with the copy that halts first "
+                        "or the one of the highest q_halt; segments are counted over all copies.")  # fmt: skip
+    parser.add_argument("--copies", type=int, default=4, help="Of a puzzle in an ensemble, itself included.")
     parser.add_argument("--batch_size", type=int, default=128, help="Puzzles in work at once.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda.")
     parser.add_argument("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto",
@@ -55,12 +59,13 @@ def main(argv: Sequence[str]) -> int:
     from hrm_rl.core import HRMCore
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
+    from hrm_rl.ensemble import MOST_COPIES, ensemble_line, ensemble_report, solve_ensemble
     from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
-    for name, low in (("batch_size", 1), ("limit", 0)):
-        if not low <= options[name] < 1 << 31:
-            raise UserError(f"--{name} must be between {low} and {(1 << 31) - 1}, not {options[name]}")
+    for name, low, high in (("batch_size", 1, (1 << 31) - 1), ("limit", 0, (1 << 31) - 1), ("copies", 1, MOST_COPIES)):
+        if not low <= options[name] <= high:
+            raise UserError(f"--{name} must be between {low} and {high}, not {options[name]}")
     loaded = load_core(options.run)
     core = in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
@@ -88,6 +93,11 @@ def main(argv: Sequence[str]) -> int:
     }  # fmt: skip
     label = "learned" if options.agent == "auto" and agent.learns or name == "q" else name.rpartition(".")[2]
     print(evaluation.table(result, puzzles.name, label))
+    if options.ensemble != "none":
+        rule, copies = options.ensemble, options.copies
+        chosen = solve_ensemble(core, agent, puzzles, budgets[-1], rule, copies, options.batch_size, device)
+        result["ensemble"] = ensemble_report(chosen, rule, copies)
+        print(ensemble_line(result["ensemble"]))
     if out is not None:
         try:
             write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())

@@ -7,6 +7,7 @@ wall-clock follows the compute that halting saves. Letters: N puzzles, M segment
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from envs.actions import HALT
 from envs.previous import Previous, choose
 from hrm_rl import rng
 from hrm_rl.core.base import CoreOutput, State
+from hrm_rl.frontier import gap_closed
 from hrm_rl.tasks import PuzzleSet
 
 Segment = Callable[[Tensor, State], CoreOutput]
@@ -264,7 +266,8 @@ def report(run: Trajectories, budgets: Sequence[int], solved: Solved | None = No
     """The table behind report.json: accuracy at the learned halt for every budget, and at fixed steps.
 
     Rates are puzzles a second: of `solved` (real halting) at the largest budget of `budgets` where given,
-    otherwise what the trajectories' segments a second would allow.
+    otherwise what the trajectories' segments a second would allow. `gap_closed`: the share of the gap between the
+    fixed steps and the oracle within that budget (`hrm_rl.frontier`), None where there is none.
     """
     segments, count = run.exact.shape
     per_second = segments * count / run.seconds
@@ -290,6 +293,11 @@ def report(run: Trajectories, budgets: Sequence[int], solved: Solved | None = No
         }
         for m in range(1, segments + 1)
     ]  # fmt: skip
+    for budget, row in zip(budgets, learned, strict=True):
+        oracle = run.exact[:budget].any(dim=0).float().mean().item()
+        curve = [at["exact_accuracy"] for at in fixed[:budget]]
+        closed = gap_closed(row["exact_accuracy"], row["mean_steps"], curve, oracle)
+        row |= {"oracle_accuracy": oracle, "gap_closed": None if math.isnan(closed) else closed}
     result = {"puzzles": count, "learned_halt": learned, "fixed_steps": fixed}
     if run.q_logits is not None:
         result["q_values_by_step"] = _q_by_step(run)

@@ -75,6 +75,21 @@ def read_options(options, agent_flags: dict[str, str] | None = None) -> tuple:
     return config, agent_class, check_arguments(agent_class, dict(options.agent_args) | (agent_flags or {}))
 
 
+def _make_trainer(config, agent_class, agent_arguments, ranks):
+    """Our trainer, or the one that lets stable-baselines3 learn where the agent is one of its own."""
+    from agents.sb3 import SB3Agent
+
+    if not issubclass(agent_class, SB3Agent):
+        from hrm_rl.trainer import Trainer
+
+        return Trainer(config, agent_class, agent_arguments, ranks=ranks)
+    from hrm_rl.sb3_training import SB3Trainer
+
+    if ranks.world > 1:
+        raise UserError(f"agent {agent_class.__name__}: stable-baselines3 trains in one process, not in {ranks.world}")
+    return SB3Trainer(config, agent_class, agent_arguments)
+
+
 class _Session:
     """One process's share of a run: from the start or a checkpoint to the end, a signal or an error.
 
@@ -95,7 +110,7 @@ class _Session:
         from hrm_rl.devices import repeatable
         from hrm_rl.metrics import MetricsWriter
         from hrm_rl.tasks.dataset import shared_puzzles
-        from hrm_rl.trainer import Trainer, run_folder
+        from hrm_rl.trainer import run_folder
 
         if self.ranks.first and config.name and (Path(config.out) / config.name).exists():
             folder = Path(config.out) / config.name
@@ -103,7 +118,7 @@ class _Session:
         self.say("loading puzzles and preparing the core (where it is compiled, about ten seconds) ...", flush=True)
         self.stack.enter_context(repeatable(config.deterministic, config.device))
         # Before the folder: bad input leaves nothing behind.
-        trainer = Trainer(config, agent_class, agent_arguments, ranks=self.ranks)
+        trainer = _make_trainer(config, agent_class, agent_arguments, self.ranks)
         if not self.ranks.first:
             self.run = Path(self.ranks.told("run", None))
             return self._train(trainer, None)
@@ -125,7 +140,6 @@ class _Session:
         from hrm_rl.checkpoint import load_checkpoint, load_newest, lock_run, run_of, set_aside_after
         from hrm_rl.devices import repeatable
         from hrm_rl.metrics import MetricsWriter
-        from hrm_rl.trainer import Trainer
 
         run, chosen = run_of(source)
         if self.ranks.first:
@@ -147,7 +161,7 @@ class _Session:
         else:
             tensors, state = load_checkpoint(Path(self.ranks.told("checkpoint", None)))
         self.stack.enter_context(repeatable(config.deterministic, config.device))
-        trainer = Trainer(config, agent_class, agent_arguments, ranks=self.ranks)
+        trainer = _make_trainer(config, agent_class, agent_arguments, self.ranks)
         trainer.load_state(tensors, state)
         self.run = run
         if trainer.step >= config.total_steps:
@@ -167,6 +181,12 @@ class _Session:
         from hrm_rl.trainer import NonFiniteError, is_due
 
         c, first = trainer.config, self.ranks.first  # only the first rank has a writer
+        stride = getattr(trainer, "stride", 1)  # SB3 collects some steps in every slot before it learns
+
+        def passes(before: int, every: int) -> bool:
+            """Whether something done each `every` steps falls due in the update that begins at step `before`."""
+            return any(is_due(step, every) for step in range(before + 1, before + stride + 1))
+
         self._catch_signals()
         self.stack.callback(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = _quiet_about_files
@@ -180,23 +200,23 @@ class _Session:
                 self._agree(trainer)
                 if self.stop_signal or (c.time_budget and trainer.elapsed >= c.time_budget):
                     break
-                coming = trainer.step + 1
-                due = is_due(coming, c.log_every) or coming == c.total_steps
-                next_due = is_due(coming + 1, c.log_every) or coming + 1 == c.total_steps
+                coming = trainer.step + stride
+                due = passes(trainer.step, c.log_every) or coming >= c.total_steps
+                next_due = passes(coming, c.log_every) or coming < c.total_steps <= coming + stride
                 details = trainer.update(detailed=due, before_detailed=next_due)
                 now = time.perf_counter()
                 trainer.elapsed, clock = trainer.elapsed + now - clock, now
                 if due:
                     values = trainer.line(details, now - line_clock)
                     if first:
-                        if is_due(coming, c.eval_every):
+                        if passes(trainer.step - stride, c.eval_every):
                             values |= self._evaluate(trainer)
                         writer.write(coming, values)
                         progress.line(coming, values)
                     clock = line_clock = time.perf_counter()
                 if first:
                     progress.tick(coming)
-                if is_due(coming, c.checkpoint_every):
+                if passes(coming - stride, c.checkpoint_every):
                     self._save(trainer, writer)
                     clock = time.perf_counter()
             self._save(trainer, writer)
@@ -351,8 +371,9 @@ class _Progress:
         self.bar.update(step - self.bar.n)
 
     def line(self, step: int, values: dict[str, float]) -> None:
-        parts = [f"loss {values['loss/total']:.3f}"]
+        parts = []
         for label, tag, style in (
+            ("loss", "loss/total", ".3f"), ("loss", "agent/loss", ".3f"),
             ("exact", "halt/exact_accuracy", ".1%"), ("steps", "halt/mean_steps", ".2f"),
             ("|q|", "q/mean_abs_logit", ".1f"), ("seg/s", "time/samples_per_second", ".0f"),
             ("test", "eval/exact_accuracy", ".1%"),

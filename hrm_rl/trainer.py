@@ -426,7 +426,7 @@ class Trainer:
         if self.probe_target is not None:
             tensors["probe_target"] = self.probe_target
         if self.previous is not None:
-            tensors |= {"previous.z_H": self.previous[0], "previous.z_L": self.previous[1]}
+            tensors |= {"previous.z_H": self.previous[0].clone(), "previous.z_L": self.previous[1]}
         tensors |= {n: self.ranks.gather(t) for n, t in tensors.items() if n.startswith(_BY_SLOT)}
         plain = {"elapsed": self.elapsed, "torch_rng": torch.get_rng_state().tolist(),
                  "puzzles": self.puzzles.sha256, "test_puzzles": self.test_puzzles.sha256,

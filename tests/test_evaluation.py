@@ -176,6 +176,10 @@ def test_report_by_hand():
     assert [row["exact_accuracy"] for row in result["fixed_steps"]] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
     assert result["puzzles"] == 3 and result["learned_halt"][0]["puzzles_per_second"] == pytest.approx(9 / 1.5)
     assert result["fixed_steps"][2]["puzzles_per_second"] == pytest.approx(2.0)
+    # Oracle: 1, 2, 3 of 3 puzzles within 1, 2, 3 segments; fixed steps at 1, 5/3, 2 mean steps: 1/3, 5/9, 2/3.
+    assert [row["oracle_accuracy"] for row in result["learned_halt"]] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert result["learned_halt"][0]["gap_closed"] is None
+    assert [row["gap_closed"] for row in result["learned_halt"][1:]] == pytest.approx([1.0, 1.0])
     first = result["q_values_by_step"][0]
     assert first["right"]["count"] == 1 and first["wrong"]["count"] == 2
     assert first["right"]["q_halt"] == pytest.approx(torch.tensor(2.0).sigmoid().item())

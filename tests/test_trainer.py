@@ -392,3 +392,12 @@ def test_weights_that_are_not_numbers_are_never_saved_as_good():
         trainer.core.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="core.lm_head.weight are not finite"):
         trainer.check_finite()
+
+
+def test_a_checkpoint_right_before_a_logged_update(tmp_path):
+    """The decision kept for next_observation and the state kept for residuals are one tensor in memory, two on disk."""
+    trainer = lively_trainer(bootstrap="next_observation")
+    trainer.update(before_detailed=True)
+    path = save_checkpoint(tmp_path, 1, trainer.model(), *trainer.state())
+    tensors, _ = load_checkpoint(path)
+    assert torch.equal(tensors["stored.z_H"], tensors["previous.z_H"])

@@ -25,6 +25,10 @@ class Task(Protocol):
         """A random symmetry a row. key (B,) int64; questions, answers (B, S) int64."""
         ...
 
+    def restore(self, key: Tensor, tokens: Tensor) -> Tensor:
+        """The inverse of `augment` under the same key, for answers: tokens (B, S) -> (B, S) int64."""
+        ...
+
     def is_consistent(self, tokens: Tensor) -> Tensor:
         """(B, S) -> (B,) bool: no rule is broken by the cells that are filled."""
         ...

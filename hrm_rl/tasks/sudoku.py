@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hrm_rl.tasks.geometry import box_of
-from hrm_rl.tasks.symmetry import apply_symmetry, random_symmetry
+from hrm_rl.tasks.symmetry import apply_symmetry, random_symmetry, undo_symmetry
 
 PADDING, BLANK = 0, 1
 
@@ -44,6 +44,10 @@ class Sudoku:
         key (B,) int64 (hrm_rl/rng.py); questions, answers (B, S). Returns int64. Padding stays padding."""
         cells, labels = random_symmetry(key, self.side, self.box)
         return apply_symmetry(cells, labels, questions), apply_symmetry(cells, labels, answers)
+
+    def restore(self, key: Tensor, tokens: Tensor) -> Tensor:
+        """The inverse of `augment` under the same key (B,): tokens (B, S) -> (B, S) int64."""
+        return undo_symmetry(*random_symmetry(key, self.side, self.box), tokens)
 
     def is_consistent(self, tokens: Tensor) -> Tensor:
         """(B, S) -> (B,) bool: no digit twice in a row, column or box; blanks and padding break nothing."""

@@ -39,6 +39,12 @@ def apply_symmetry(cells: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:
     return labels.gather(1, tokens.long().gather(1, cells))
 
 
+def undo_symmetry(cells: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:
+    """The inverse of `apply_symmetry`: tokens (B, S) -> (B, S) int64."""
+    named = labels.argsort(-1).gather(1, tokens.long())
+    return torch.zeros_like(named).scatter(1, cells, named)
+
+
 def _line_order(blocks: Tensor, draws: Tensor, size: int) -> Tensor:
     """blocks (B, n / size) order of the blocks, draws (B, n) -> the order of all lines (B, n)."""
     within = draws.unflatten(-1, (-1, size)).argsort(-1)

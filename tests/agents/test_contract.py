@@ -42,7 +42,7 @@ class LeakyAgent(HaltingAgent):
 
 PLUGINS = documented()
 ALL = {**AGENTS, **PLUGINS}
-TRAINABLE = [name for name in ALL if name != "oracle"]
+TRAINABLE = [name for name in ALL if name != "oracle" and not name.startswith("sb3.")]  # those: tests/test_sb3.py
 #: Thresholds at which an untrained core halts here and there.
 LIVELY = {"confidence": {"tau": 0.55}, "confidence_min": {"tau": 0.38}, "entropy": {"tau": 1.1}, "margin": {"tau": 0.3},
           "stability": {"patience": 1}, "residual": {"tau": 0.4}, "residual_max": {"tau": 0.4}, "cosine": {"tau": 0.9},
