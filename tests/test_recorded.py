@@ -9,6 +9,7 @@ import torch
 from hrm_testing import counting_core, small_core, small_puzzles
 
 from agents import AGENTS, SIGNALS, HaltingAgent, QHaltingAgent, decide, make_agent, view_of
+from agents.halt_logit import HaltLogitAgent
 from envs import CONTINUE, HALT, SudokuHaltVectorEnv
 from hrm_rl import evaluation, recorded
 from hrm_rl.calibration import candidates, curve, for_steps
@@ -70,7 +71,10 @@ def puzzles():
 
 def build(name: str, core) -> HaltingAgent:
     torch.manual_seed(2)
-    agent = make_agent(EVERY[name], core, M, "shared_prefix")
+    bias = {"bce": 0.0, "act": -1.0, "reinforce": 0.0}.get(name)
+    agent = make_agent(EVERY[name], core, M, "shared_prefix", {} if bias is None else {"bias": bias})
+    if isinstance(agent, HaltLogitAgent):
+        agent.head.weight.data.normal_()
     if isinstance(agent, QHaltingAgent):
         agent.q_head.weight.data.normal_()
         agent.q_head.bias.data = torch.tensor([-0.5, 0.0])
