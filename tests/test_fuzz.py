@@ -43,6 +43,8 @@ def fault_of(line: bytes) -> str | None:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
         return "encoding"
+    if "\r" in text:
+        return "line end"
     fields = split_fields(text)
     if fields is None:
         return "quotes"

@@ -228,6 +228,8 @@ def _split(line: bytes) -> list[str]:
         raise _Fault(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
     if not text:
         raise _Fault("empty line")
+    if "\r" in text:
+        raise _Fault("a carriage return inside the line")
     if '"' in text:
         try:
             fields = next(csv.reader([text], strict=True))
