@@ -122,7 +122,8 @@ class HaltingAgent(nn.Module):
 
     def loss(self, transition: Transition) -> QLosses | AgentLoss:
         """Losses of a decision; only agents with `learns` have one."""
-        raise UserError(f"agent {type(self).__name__} does not learn")
+        why = "sets learns = True but defines no loss()" if self.learns else "does not learn"
+        raise UserError(f"agent {type(self).__name__} {why}")
 
     # --- memory ---------------------------------------------------------------------------------------------
 

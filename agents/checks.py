@@ -6,6 +6,8 @@ it is a number on the device that the caller reads when it waits for the device 
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +38,7 @@ def decide(
         if q_logits is not None:
             _check("scores()", q_logits, (*view.steps.shape, 2), None, view)
         agent.last_score = None
-        actions = agent.act(view, q_logits, explore)
+        actions = _act(agent, view, q_logits, explore, where)
         _check("act()", actions, tuple(view.steps.shape), torch.int64, view)
     except _BadOutput as error:
         raise UserError(f"agent {type(agent).__name__}, {where}: {error}") from None
@@ -47,6 +49,26 @@ def decide(
         return actions, fault
     raise_fault(agent, fault, where)
     return actions, None
+
+
+def _act(agent: HaltingAgent, view: View, q_logits: Tensor | None, explore: bool, where: str) -> object:
+    """What `act` returns; a mistake in it is told with its place (the traceback is the cause: --debug shows it)."""
+    try:
+        return agent.act(view, q_logits, explore)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a plug-in may fail in any way
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise
+        own = inspect.getsourcefile(type(agent))
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((f for f in reversed(frames) if f.filename == own), frames[-1])
+        unseen = [name for name, value in view._asdict().items() if value is None and f".{name}" in (frame.line or "")]
+        hint = f"; name {unseen[0]!r} in its `sees`" if unseen else ""
+        place = f"{frame.filename}:{frame.lineno}"
+        raise UserError(
+            f"agent {type(agent).__name__}, {where}: {type(error).__name__} at {place} ({error}){hint}"
+        ) from error
 
 
 def check_score(view: View, score: Tensor) -> Tensor:

@@ -116,6 +116,9 @@ def make_agent(
     except TypeError as error:
         raise UserError(f"agent_args of {agent_class.__name__}: {error}") from error
     try:
-        return agent_class(**given)
+        agent = agent_class(**given)
     except TypeError as error:
         raise UserError(f"agent_args of {agent_class.__name__}: {error}") from error
+    if "_modules" not in vars(agent):
+        raise UserError(f"agent {agent_class.__name__}: its __init__ does not call super().__init__()")
+    return agent

@@ -100,6 +100,9 @@ def run_of(source: Path) -> tuple[Path, Path | None]:
     run, checkpoint = (path.parents[1], path) if path.parent.name == "checkpoints" else (source, None)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{source}: no run to resume (it holds no config.yaml)")
+    if checkpoint is not None and not checkpoint.is_dir():
+        there = ", ".join(path.name for path in list_checkpoints(run)) or "none"
+        raise UserError(f"{source}: no such checkpoint (there are: {there})")
     return run, checkpoint
 
 

@@ -35,7 +35,8 @@ def build_parser():
     parser.add_argument("--ensemble", type=Literal["none", "first", "best"], default="none",
                         help="Show each puzzle in several symmetries as well and answer with the copy that halts first "
                         "or the one of the highest q_halt; segments are counted over all copies.")  # fmt: skip
-    parser.add_argument("--copies", type=int, default=4, help="Of a puzzle in an ensemble, itself included.")
+    parser.add_argument("--copies", type=int, default=None,
+                        help="Of a puzzle in an ensemble, itself included; nothing: 4.")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=128, help="Puzzles in work at once.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda.")
     parser.add_argument("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto",
@@ -64,8 +65,10 @@ def main(argv: Sequence[str]) -> int:
 
     device = pick_device(options.device)
     for name, low, high in (("batch_size", 1, (1 << 31) - 1), ("limit", 0, (1 << 31) - 1), ("copies", 1, MOST_COPIES)):
-        if not low <= options[name] <= high:
+        if options[name] is not None and not low <= options[name] <= high:
             raise UserError(f"--{name} must be between {low} and {high}, not {options[name]}")
+    if options.copies is not None and options.ensemble == "none":
+        raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
     loaded = load_core(options.run)
     core = in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
@@ -94,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     label = "learned" if options.agent == "auto" and agent.learns or name == "q" else name.rpartition(".")[2]
     print(evaluation.table(result, puzzles.name, label))
     if options.ensemble != "none":
-        rule, copies = options.ensemble, options.copies
+        rule, copies = options.ensemble, options.copies or 4
         chosen = solve_ensemble(core, agent, puzzles, budgets[-1], rule, copies, options.batch_size, device)
         result["ensemble"] = ensemble_report(chosen, rule, copies)
         print(ensemble_line(result["ensemble"]))

@@ -33,12 +33,12 @@ from hrm_rl.config import OptimConfig, TrainConfig
 from hrm_rl.core import HRMCore
 from hrm_rl.core.io import model_bytes
 from hrm_rl.devices import pick_device
-from hrm_rl.errors import UserError, nearest
+from hrm_rl.errors import UserError
 from hrm_rl.measure import NonFiniteError
 from hrm_rl.optim import load_state_tensors, state_tensors
 from hrm_rl.parallel import ALONE
 from hrm_rl.tasks import PuzzleSet
-from hrm_rl.trainer import Trainer, make_core, training_puzzles, user_puzzles
+from hrm_rl.trainer import Trainer, make_core, near_environment, training_puzzles, user_puzzles
 
 _BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 _COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
@@ -102,7 +102,7 @@ class SB3Trainer:
                 ponder_cost=c.ponder_cost, augment=c.augment, device=str(self.device), observation="q_token",
             ).unwrapped  # fmt: skip
         except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-            raise UserError(f"env {c.env!r} cannot be made: {error}{nearest(c.env, gym.registry)}") from error
+            raise UserError(f"env {c.env!r} cannot be made: {error}{near_environment(c.env)}") from error
 
     def update(self, detailed: bool = False, before_detailed: bool = False) -> dict[str, float]:
         """One round of SB3's `learn`: a rollout of `stride` steps and its gradient steps."""

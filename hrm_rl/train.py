@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from hrm_rl.errors import UserError
 
 DESCRIPTION = (
     "Train a recurrent reasoner and its halting agent. Every flag is also a key of the YAML file given by "
-    "--config. Without flags: 9x9 Sudoku on this machine, the recipe of the README."
+    "--config (an agent's own arguments: agent_args). Without flags: 9x9 Sudoku on this machine, the recipe of the README."
 )
 
 
@@ -34,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
         words, agent_flags = split_flags(argv)
         options = cli.parse(build_parser(), words)
         session = _Session(began, stack, ranks)
-        if options.resume:
+        if options.resume is not None:
+            if not options.resume.strip():
+                raise UserError("--resume: no run is named")
             return session.resume(Path(options.resume), options, argv)
         return session.start(*read_options(options, agent_flags))
 
@@ -51,7 +54,7 @@ def build_parser():
                         "arguments follow as --agent.NAME VALUE")  # fmt: skip
     parser.add_argument("--agent_args", type=dict, default={},
                         help='Arguments of the agent in one piece, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
-    parser.add_argument("--resume", type=str, default="",
+    parser.add_argument("--resume", type=str, default=None,
                         help="Run folder to go on with (or one of its checkpoints); its own configuration counts, but "
                         "total_steps, time_budget, device and compile may be given anew")  # fmt: skip
     return parser
@@ -134,7 +137,12 @@ class _Session:
         }  # fmt: skip
         write_atomically(self.run / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
         self.ranks.told("run", str(self.run))
-        return self._train(trainer, MetricsWriter(self.run))
+        try:
+            return self._train(trainer, MetricsWriter(self.run))
+        except UserError:
+            if trainer.step == 0:  # nothing was learned: leave nothing behind that cannot be resumed
+                shutil.rmtree(self.run, ignore_errors=True)
+            raise
 
     def resume(self, source: Path, options, argv: Sequence[str]) -> int:
         from hrm_rl.checkpoint import load_checkpoint, load_newest, lock_run, run_of, set_aside_after

@@ -162,7 +162,7 @@ class Trainer:
                 observation="q_token",  # the loop reads `envs.slots`
             ).unwrapped  # fmt: skip
         except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-            raise UserError(f"env {c.env!r} cannot be made: {error}{nearest(c.env, gym.registry)}") from error
+            raise UserError(f"env {c.env!r} cannot be made: {error}{near_environment(c.env)}") from error
 
     def _compile(self) -> bool:
         wanted = self.config.compile
@@ -278,6 +278,9 @@ class Trainer:
             learned_from = self._with_bootstrap(slots, transition)
             if learned_from is not None:
                 q = self.agent.loss(learned_from)
+                if not isinstance(q, AgentLoss | QLosses):
+                    got = f"loss() must return AgentLoss or QLosses, not {type(q).__name__}"
+                    raise UserError(f"agent {type(self.agent).__name__}, update {self.step + 1}: {got}")
             if isinstance(q, AgentLoss):
                 total.append(q.total)
                 losses["loss/agent"] = q.total
@@ -467,6 +470,12 @@ class Trainer:
         self.previous = (previous["z_H"], previous["z_L"]) if previous else None
         self._set_clues()
         self.envs.load_state_dict({**plain["slots"], **part("slots.")})
+
+
+def near_environment(name: str) -> str:
+    """A hint for a misspelt id, among the environments of this project."""
+    ours = [known for known, spec in gym.registry.items() if str(spec.entry_point).startswith("envs")]
+    return "" if name in gym.registry else nearest(name, ours)
 
 
 def is_due(step: int, every: int) -> bool:

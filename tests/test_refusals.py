@@ -21,6 +21,32 @@ class WrongShape(HaltingAgent):
         return torch.zeros(3, dtype=torch.int64)
 
 
+class Unseen(HaltingAgent):
+    def score(self, view):
+        return (view.previous_answer == 1).float().mean(-1)
+
+
+class Broken(HaltingAgent):
+    def score(self, view):
+        return view.nothing
+
+
+class NoSuper(HaltingAgent):
+    def __init__(self, max_steps: int):
+        self.max_steps = max_steps
+
+
+class WrongLoss(Unseen):
+    learns, sees = True, ("previous_answer",)
+
+    def loss(self, transition):
+        return 3
+
+
+class NoLoss(WrongLoss):
+    loss = HaltingAgent.loss
+
+
 class Typed(HaltingAgent):
     def __init__(self, max_steps: int, tau: float = 0.5):
         super().__init__()
@@ -100,3 +126,42 @@ def test_a_file_system_that_refuses_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["x", "--debug"])
     with pytest.raises(FileNotFoundError):
         cli.run(refused)
+
+
+@pytest.mark.parametrize(("agent_class", "objective", "said"), [
+    (Unseen, "supervised", r"agent Unseen, update 1: AttributeError at .*test_refusals.py:\d+ .*'previous_answer' in its"),
+    (Broken, "supervised", r"agent Broken, update 1: AttributeError at .*test_refusals.py:\d+ \('View' object has no"),
+    (WrongLoss, "joint", r"agent WrongLoss, update 1: loss\(\) must return AgentLoss or QLosses, not int"),
+    (NoLoss, "joint", r"agent NoLoss sets learns = True but defines no loss\(\)"),
+])  # fmt: skip
+def test_mistakes_in_an_agent_are_told_with_their_place(agent_class, objective, said):
+    with pytest.raises(UserError, match=said):
+        small_trainer(agent_class, objective=objective).update()
+
+
+def test_an_agent_that_forgets_its_base():
+    with pytest.raises(UserError, match=r"agent NoSuper: its __init__ does not call super\(\).__init__\(\)"):
+        make_agent(NoSuper, torch.nn.Identity(), 4, "none")
+
+
+def test_resume_needs_a_name_and_copies_an_ensemble():
+    from hrm_rl import evaluate, train
+
+    with pytest.raises(UserError, match="--resume: no run is named"):
+        train.main(["--resume", ""])
+    with pytest.raises(UserError, match="--copies: of an ensemble"):
+        evaluate.main(["--copies", "3"])
+
+
+def test_a_run_that_learned_nothing_leaves_nothing(tmp_path):
+    from hrm_rl import checkpoint, train
+
+    flags = ["--size", "4", "--device", "cpu", "--compile", "off", "--out", str(tmp_path), "--name", "x",
+             "--total-steps", "2", "--test-limit", "4"]  # fmt: skip
+    with pytest.raises(UserError, match="update 1"):
+        train.main([*flags, "--objective", "supervised", "--agent", f"{__name__}.WrongShape"])
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "r" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "r" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"step-3: no such checkpoint \(there are: none\)"):
+        checkpoint.run_of(tmp_path / "r" / "checkpoints" / "step-3")
