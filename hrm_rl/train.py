@@ -22,7 +22,7 @@ from hrm_rl.errors import UserError
 
 DESCRIPTION = (
     "Train a recurrent reasoner and its halting agent. Every flag is also a key of the YAML file given by "
-    "--config (an agent's own arguments: agent_args). Without flags: 9x9 Sudoku on this machine, the recipe of the README."
+    "--config (an agent's own arguments: agent_args). Without flags: 9x9 Sudoku on this machine, as in the README."
 )
 
 

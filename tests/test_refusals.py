@@ -129,7 +129,7 @@ def test_a_file_system_that_refuses_is_one_line(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("agent_class", "objective", "said"), [
-    (Unseen, "supervised", r"agent Unseen, update 1: AttributeError at .*test_refusals.py:\d+ .*'previous_answer' in its"),
+    (Unseen, "supervised", r"agent Unseen, update 1: AttributeError at .*test_refusals.py:\d+ .*'previous_answer' in"),
     (Broken, "supervised", r"agent Broken, update 1: AttributeError at .*test_refusals.py:\d+ \('View' object has no"),
     (WrongLoss, "joint", r"agent WrongLoss, update 1: loss\(\) must return AgentLoss or QLosses, not int"),
     (NoLoss, "joint", r"agent NoLoss sets learns = True but defines no loss\(\)"),
