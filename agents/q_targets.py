@@ -23,6 +23,26 @@ from torch import Tensor
 
 Bootstrap = Literal["extra_forward", "shared_prefix", "next_observation", "none"]
 BOOTSTRAPS: tuple[str, ...] = ("extra_forward", "shared_prefix", "next_observation", "none")
+Loss = Literal["bce", "mse_values", "mse_logits"]
+
+
+def q_values(q_logits: Tensor, loss: Loss = "bce") -> Tensor:
+    """What the head's outputs are worth: sigmoid(q_logits), or the outputs themselves where loss is mse_logits.
+
+    mse_logits is Q-learning as DQN has it, values without bound; the other two keep them in (0, 1) as HRM does.
+    Any shape; float32 without a change of gradient.
+    """
+    return q_logits.float() if loss == "mse_logits" else q_logits.float().sigmoid()
+
+
+def element_losses(q_logits: Tensor, targets: Tensor, loss: Loss = "bce") -> Tensor:
+    """Loss of each element, of the shape of both: binary cross entropy on logits (HRM; a target is cut to [0, 1]), or
+    half the squared error of `q_values`. Raises ValueError for an unknown loss."""
+    if loss == "bce":
+        return F.binary_cross_entropy_with_logits(q_logits.float(), targets.clamp(0, 1), reduction="none")
+    if loss in ("mse_values", "mse_logits"):
+        return 0.5 * (q_values(q_logits, loss) - targets).square()
+    raise ValueError(f"unknown loss {loss!r}; choose bce, mse_values or mse_logits")
 
 
 def halt_target(is_correct: Tensor) -> Tensor:
@@ -30,14 +50,21 @@ def halt_target(is_correct: Tensor) -> Tensor:
     return is_correct.detach().float()
 
 
-def continue_target(next_q_logits: Tensor, at_limit: Tensor) -> Tensor:
-    """Bootstrapped value of CONTINUE: the best that the next segment promises, gamma = 1.
+def continue_target(
+    next_q_logits: Tensor, at_limit: Tensor, gamma: float | Tensor = 1.0, ponder_cost: float | Tensor = 0.0,
+    chosen_by: Tensor | None = None, loss: Loss = "bce",
+) -> Tensor:  # fmt: skip
+    """Bootstrapped value of CONTINUE: the best that the next segment promises, -ponder_cost + gamma * max Q'.
 
-    next_q_logits (B, 2) of segment m + 1; at_limit (B,) bool, whether m >= max_steps: from there halting
-    is the only move left. Returns (B,) in [0, 1], without gradient.
+    next_q_logits (..., 2) of segment m + 1; at_limit (...) bool, whether m >= max_steps: from there halting
+    is the only move left; gamma and ponder_cost broadcast against (...) (1 and 0 in the paper). chosen_by (..., 2):
+    q_logits that pick the action which next_q_logits values (Double DQN, arXiv:1509.06461, equation 4); None: the same.
+    Returns (...), in [0, 1] for gamma = 1 and no cost unless loss is mse_logits, without gradient.
     """
-    next_halt, next_continue = next_q_logits.detach().float().unbind(dim=-1)
-    return torch.where(at_limit, next_halt, torch.maximum(next_halt, next_continue)).sigmoid()
+    values = q_values(next_q_logits.detach(), loss)
+    by = next_q_logits if chosen_by is None else chosen_by
+    halts_next = at_limit | (by[..., 0] >= by[..., 1]).detach()
+    return gamma * torch.where(halts_next, values[..., 0], values[..., 1]) - ponder_cost
 
 
 def grounded_target(bootstrapped: Tensor, is_correct: Tensor, at_limit: Tensor) -> Tensor:
