@@ -271,7 +271,7 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
     """Every variant's TrainConfig by a name that says how it differs."""
     from agents.q_targets import BOOTSTRAPS
     from hrm_rl.config import TrainConfig
-    from hrm_rl.core.hrm import DTYPES
+    from hrm_rl.core.config import DTYPES
     from hrm_rl.devices import can_compile, pick_device
 
     device = pick_device(options.device)
@@ -481,8 +481,8 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     import torch
 
     from agents import find_agent, make_agent
-    from hrm_rl.core import HRMCore
-    from hrm_rl.core.hrm import DTYPES
+    from hrm_rl.core import build_core
+    from hrm_rl.core.config import DTYPES
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import can_compile, pick_device, pick_dtype
     from hrm_rl.evaluation import solve
@@ -499,7 +499,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     loaded = load_core(options.core)
     if loaded.q_head is None:
         raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt to time")
-    core = HRMCore(replace(loaded.core.config, dtype=pick_dtype(dtype, device)))
+    core = build_core(replace(loaded.core.config, dtype=pick_dtype(dtype, device)))
     core.load_state_dict(loaded.core.state_dict())
     core.to(device)
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))
@@ -568,8 +568,8 @@ def bench_env(options: EnvBench) -> dict[str, Any]:
     import hrm_rl  # noqa: F401 - registers the environments
     from envs.vector import TENSORS
     from hrm_rl.config import TrainConfig
-    from hrm_rl.core import HRMCore
-    from hrm_rl.core.hrm import DTYPES
+    from hrm_rl.core import build_core
+    from hrm_rl.core.config import DTYPES
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import pick_device, pick_dtype
 
@@ -580,12 +580,12 @@ def bench_env(options: EnvBench) -> dict[str, Any]:
         raise UserError("--profile needs a single form: --tensors numpy or --tensors torch")
     if options.model == "shipped":
         shipped = load_core().core
-        core = HRMCore(replace(shipped.config, dtype=pick_dtype(dtype, device)))
+        core = build_core(replace(shipped.config, dtype=pick_dtype(dtype, device)))
         core.load_state_dict(shipped.state_dict())
     else:
         values = model_values(options.model, device)
         values["core"] = dict(values.get("core", {})) | {"dtype": dtype}
-        core = HRMCore(TrainConfig.from_values(values).core, torch.Generator().manual_seed(0))
+        core = build_core(TrainConfig.from_values(values).core, torch.Generator().manual_seed(0))
     core.to(device)
     steppers, inside, slots = {}, {}, options.num_envs or 64
     for form in forms:

@@ -105,7 +105,6 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import comparison, evaluation, recorded, scoring
     from hrm_rl.checkpoint import write_atomically
-    from hrm_rl.core import HRMCore
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.evaluate import in_dtype
@@ -114,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
 
     device = pick_device(options.device)
     loaded = load_core(options.run)
-    core = in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device).eval()
+    core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device).eval()
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))
     target = comparison.Target(**{name: options[name] for name in comparison.Target.__dataclass_fields__})
     if target.calibrate == "steps" and not 1 <= target.mean_steps <= max_steps:

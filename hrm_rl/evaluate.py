@@ -57,7 +57,6 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import evaluation
     from hrm_rl.checkpoint import write_atomically
-    from hrm_rl.core import HRMCore
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.ensemble import MOST_COPIES, ensemble_line, ensemble_report, solve_ensemble
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     if options.copies is not None and options.ensemble == "none":
         raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
     loaded = load_core(options.run)
-    core = in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
+    core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
     if budgets[0] < 1 or budgets[-1] > 10_000:
@@ -150,11 +149,13 @@ def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     return agent
 
 
-def in_dtype(core_class: type, core, dtype: str):
+def in_dtype(core, dtype: str):
     """The same core computing in another dtype."""
     from dataclasses import replace
 
-    twin = core_class(replace(core.config, dtype=dtype))
+    from hrm_rl.core import build_core
+
+    twin = build_core(replace(core.config, dtype=dtype))
     twin.load_state_dict(core.state_dict())
     return twin
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hrm_rl.core.hrm import CoreConfig
+from hrm_rl.core.config import CoreConfig
 from hrm_rl.core.layers import swiglu_width
 
 

@@ -30,7 +30,7 @@ from agents import make_agent
 from agents.sb3 import SB3Agent
 from hrm_rl import evaluation, measure
 from hrm_rl.config import OptimConfig, TrainConfig
-from hrm_rl.core import HRMCore
+from hrm_rl.core import RecurrentCore
 from hrm_rl.core.io import model_bytes
 from hrm_rl.devices import pick_device
 from hrm_rl.errors import UserError
@@ -69,7 +69,7 @@ class SB3Trainer:
         limit = config.test_limit or None
         self.test_puzzles = test_puzzles or user_puzzles(config.test_data, config.size, "test", limit)
         self.core = (core if core is not None else make_core(config, self.device)).requires_grad_(False).eval()
-        if isinstance(self.core, HRMCore):
+        if isinstance(self.core, RecurrentCore):
             self.config = config = replace(config, core=self.core.config)  # what is written down is what runs
         self.agent = make_agent(agent_class, self.core, config.max_steps, config.bootstrap, self.agent_arguments)
         self.agent.to(self.device)

@@ -30,7 +30,7 @@ from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import evaluation, measure
 from hrm_rl.config import TrainConfig, small_core
-from hrm_rl.core import CoreConfig, CoreOutput, HRMCore, State
+from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
 from hrm_rl.devices import can_compile
@@ -46,7 +46,7 @@ PROBE_PUZZLES = 32
 _BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpoint with a row for each slot
 
 
-def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
+def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
     """The core a run starts from: from scratch by its seed, or `init_core`; objective=q needs a trained one."""
     if config.init_core or config.objective == "q":
         loaded = load_core(config.init_core, device, size=config.size).core
@@ -55,11 +55,11 @@ def make_core(config: TrainConfig, device: torch.device) -> HRMCore:
             raise UserError(f"init_core: {differs[0]} is {getattr(loaded.config, differs[0])} there, the task needs "
                             f"{getattr(config.core, differs[0])}")  # fmt: skip
         _refuse_other_sizes(config, loaded.config)
-        core = HRMCore(replace(loaded.config, dtype=config.core.dtype)).to(device)
+        core = build_core(replace(loaded.config, dtype=config.core.dtype)).to(device)
         core.load_state_dict(loaded.state_dict())
         return core
     generator = torch.Generator().manual_seed(config.seed)
-    return HRMCore(config.core, generator).to(device)
+    return build_core(config.core, generator).to(device)
 
 
 def _refuse_other_sizes(config: TrainConfig, loaded: CoreConfig) -> None:
@@ -111,7 +111,7 @@ class Trainer:
             config.test_data, config.size, "test", config.test_limit or None
         )
         self.core = core if core is not None else make_core(config, self.device)
-        if isinstance(self.core, HRMCore):
+        if isinstance(self.core, RecurrentCore):
             self.config = config = replace(config, core=self.core.config)  # what is written down is what runs
         if "is_correct" in agent_class.sees:
             why = "it looks at the answer, an upper bound for evaluation only"

@@ -1,6 +1,11 @@
 """Recurrent cores: modules that map (tokens, state) to (state, logits)."""
 
 from hrm_rl.core.base import Core, CoreOutput, State
-from hrm_rl.core.hrm import CoreConfig, HRMCore
+from hrm_rl.core.config import CoreConfig
+from hrm_rl.core.hrm import HRMCore
+from hrm_rl.core.recurrent import RecurrentCore
+from hrm_rl.core.registry import CORES, build_core, find_core
 
-__all__ = ["Core", "CoreConfig", "CoreOutput", "HRMCore", "State"]
+__all__ = [
+    "CORES", "Core", "CoreConfig", "CoreOutput", "HRMCore", "RecurrentCore", "State", "build_core", "find_core",
+]  # fmt: skip

@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hrm_rl.core.hrm import CoreConfig, HRMCore
+from hrm_rl.core.config import CoreConfig
 from hrm_rl.core.q_head import QHead
+from hrm_rl.core.recurrent import RecurrentCore
+from hrm_rl.core.registry import build_core
 from hrm_rl.core.released_file import is_released, read_released
 from hrm_rl.devices import pick_dtype
 from hrm_rl.errors import UserError
@@ -37,7 +39,7 @@ class LoadedCore:
     agent_tensors: what the file holds of an agent's own weights beside a Q-head, by their names in the agent.
     """
 
-    core: HRMCore
+    core: RecurrentCore
     q_head: QHead | None
     source: str
     meta: dict = field(default_factory=dict)
@@ -82,7 +84,7 @@ def _regular(path: Path) -> Path:
 
 
 def model_bytes(
-    core: HRMCore, q_head: nn.Module | None, meta: dict | None = None, agent: nn.Module | None = None
+    core: RecurrentCore, q_head: nn.Module | None, meta: dict | None = None, agent: nn.Module | None = None
 ) -> bytes:
     """The file's content. `meta` must be JSON; of `agent` all weights but those of a `q_head` are written as agent.*"""
     tensors = {f"core.{name}": value for name, value in core.state_dict().items()}
@@ -175,8 +177,8 @@ def load_core(source: str | Path | None = None, device: str | torch.device = "cp
     if max(config.H_layers, config.L_layers) > len(core_tensors):
         raise UserError(f"{path}: its header claims more layers than it holds tensors")
     with torch.device("meta"):  # shapes alone: a file cannot make us ask for more memory than it has itself
-        _compare(HRMCore(config), core_tensors, path)
-    core = HRMCore(config)
+        _compare(build_core(config), core_tensors, path)
+    core = build_core(config)
     core.load_state_dict(core_tensors)
     q_head = None
     if head_tensors:

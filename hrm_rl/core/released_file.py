@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from hrm_rl.core.hrm import DTYPES, CoreConfig
+from hrm_rl.core.config import DTYPES, CoreConfig
 from hrm_rl.core.layers import swiglu_width
 from hrm_rl.core.released import from_released
 from hrm_rl.errors import UserError

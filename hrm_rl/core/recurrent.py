@@ -1,0 +1,182 @@
+"""What all cores of this project share: embedding, recursion over calls, how far the gradient reaches, output head.
+
+A segment is a row of calls, each of which updates one of the two states; a core says which networks it has and in what
+order they are called. The first calls run without gradient (`prefix`), the others with it (`tail`); `gradient` says how
+many those are.
+
+Letters: B puzzles, S tokens, P prefix positions, D hidden size, V token values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm_rl.core.base import CoreOutput, State
+from hrm_rl.core.config import AUTO, DTYPES, CoreConfig
+from hrm_rl.core.layers import (
+    Attention,
+    Block,
+    Embedding,
+    GridBias,
+    GridMixing,
+    Linear,
+    PuzzleEmbedding,
+    SwiGLU,
+    rope_tables,
+    swiglu_width,
+    trunc_normal_,
+)
+
+
+class Inputs(NamedTuple):
+    """What every call of a segment is given beside the state."""
+
+    injection: Tensor  # (B, P + S, D) the embedded puzzle
+    rope: tuple[Tensor, Tensor] | None  # cos and sin of the rotary positions
+    bias: Tensor | None  # (heads, P + S, P + S) learned biases of the attention
+
+
+class Level(nn.Module):
+    """f_L or f_H: adds the injection to the state, then runs its blocks."""
+
+    def __init__(self, layers: list[Block]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, state: Tensor, injection: Tensor, rope, bias) -> Tensor:
+        x = state + injection
+        for layer in self.layers:
+            x = layer(x, rope, bias)
+        return x
+
+
+class RecurrentCore(nn.Module):
+    """Maps (tokens, state) to (state, logits); one call is one segment. The base of every core here.
+
+    A subclass builds its networks in `build`, lists the calls of a segment in `calls` and runs one of them in `call`.
+    """
+
+    #: The calls of one segment in their order, by names that `call` knows.
+    calls: tuple[str, ...]
+
+    def __init__(self, config: CoreConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        c = config
+        D = c.hidden_size
+        self.hidden_size = D
+        self.prefix_len = c.prefix_len
+        self.num_positions = c.prefix_len + c.seq_len
+        self.dtype = DTYPES.get(c.dtype, AUTO)
+        self.embed_scale = math.sqrt(D)
+        self.observation_bound = 1.01 * math.sqrt(D)  # the last norm keeps |z| below sqrt(D); bf16 rounds
+
+        self.embed_tokens = Embedding(c.vocab_size, D, 1.0 / self.embed_scale, generator)
+        if c.puzzle_emb_ndim > 0:
+            self.puzzle_emb = PuzzleEmbedding(c.num_puzzle_identifiers, c.puzzle_emb_ndim)
+        if c.positions == "learned":
+            self.embed_pos = Embedding(self.num_positions, D, 1.0 / self.embed_scale, generator)
+        if c.positions == "rope" and c.token_mixing == "attention":
+            cos, sin = rope_tables(self.num_positions, D // c.num_heads, c.rope_theta)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        if c.positions == "grid" and c.token_mixing == "attention":
+            self.grid_bias = GridBias(c.num_heads, *c.grid, c.prefix_len, c.grid_strength)
+        self.build(generator)
+        self.lm_head = Linear(D, c.vocab_size, generator)
+        self.register_buffer("H_init", trunc_normal_(torch.empty(D), 1.0, generator))
+        self.register_buffer("L_init", trunc_normal_(torch.empty(D), 1.0, generator))
+
+    # --- what a core is ----------------------------------------------------------------------------------------
+
+    def build(self, generator: torch.Generator | None) -> None:
+        """Make the networks and set `calls`."""
+        raise NotImplementedError
+
+    def call(self, which: str, z_H: Tensor, z_L: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """One of `calls`: the states (B, P + S, D) before it -> those after it."""
+        raise NotImplementedError
+
+    @property
+    def one_step(self) -> int:
+        """Calls that the 1-step gradient reaches: the last of each network."""
+        return len(set(self.calls))
+
+    def level(self, layers: int, generator: torch.Generator | None) -> Level:
+        """A network of `layers` blocks, as `config` has them."""
+        c = self.config
+        inner = swiglu_width(c.hidden_size, c.expansion, c.inner_multiple)
+        return Level(
+            [
+                Block(self._mixer(generator), c.hidden_size, inner, c.rms_norm_eps, generator)
+                for _ in range(layers)
+            ]
+        )
+
+    def _mixer(self, generator: torch.Generator | None) -> nn.Module:
+        c = self.config
+        if c.token_mixing == "attention":
+            return Attention(c.hidden_size, c.num_heads, generator)
+        if c.token_mixing == "mlp":
+            inner = swiglu_width(self.num_positions, c.expansion, c.inner_multiple)
+            return SwiGLU(self.num_positions, inner, generator)  # over positions, features as batch
+        return GridMixing(c.hidden_size, c.num_heads, *c.grid, c.prefix_len, c.grid_strength, generator)
+
+    # --- one segment -------------------------------------------------------------------------------------------
+
+    def initial_state(self, batch_size: int) -> State:
+        """The fixed initial states, (batch_size, P + S, D) each, without copying them."""
+        shape = (batch_size, self.num_positions, self.hidden_size)
+        return State(self.H_init.to(self.dtype).expand(shape), self.L_init.to(self.dtype).expand(shape))
+
+    def embed(self, tokens: Tensor, puzzle_ids: Tensor | None = None) -> Tensor:
+        """tokens (B, S), puzzle_ids (B,) or None for identifier 0 -> the input injection (B, P + S, D)."""
+        x = self.embed_tokens(tokens)
+        if self.prefix_len:
+            if puzzle_ids is None:
+                puzzle_ids = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
+            front = self.puzzle_emb(puzzle_ids)
+            front = F.pad(front, (0, self.prefix_len * self.hidden_size - front.shape[-1]))
+            x = torch.cat((front.view(-1, self.prefix_len, self.hidden_size), x), dim=1)
+        if self.config.positions == "learned":
+            x = math.sqrt(0.5) * (x + self.embed_pos.embedding_weight)  # keeps the variance of one embedding
+        return (self.embed_scale * x).to(self.dtype)
+
+    def inputs(self, tokens: Tensor, puzzle_ids: Tensor | None = None) -> Inputs:
+        """The same for every call of a segment; see `embed`."""
+        rope = (self.rope_cos, self.rope_sin) if hasattr(self, "rope_cos") else None
+        bias = self.grid_bias() if hasattr(self, "grid_bias") else None
+        return Inputs(self.embed(tokens, puzzle_ids), rope, bias)
+
+    @property
+    def without_gradient(self) -> int:
+        """How many calls of a segment, from its first on, run without gradient."""
+        c = self.config
+        reached = {"one_step": self.one_step, "last_k": c.gradient_k, "full": len(self.calls)}[c.gradient]
+        return max(0, len(self.calls) - reached)
+
+    def prefix(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> State:
+        """The first calls of a segment, without gradient (with the 1-step gradient: all but the last of each level)."""
+        with torch.no_grad():
+            inputs = self.inputs(tokens, puzzle_ids)
+            z_H, z_L = state
+            for which in self.calls[: self.without_gradient]:
+                z_H, z_L = self.call(which, z_H, z_L, inputs)
+        return State(z_H, z_L)
+
+    def tail(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> CoreOutput:
+        """The other calls and the output head, with gradient."""
+        inputs = self.inputs(tokens, puzzle_ids)
+        z_H, z_L = state
+        for which in self.calls[self.without_gradient :]:
+            z_H, z_L = self.call(which, z_H, z_L, inputs)
+        return CoreOutput(State(z_H, z_L), self.lm_head(z_H)[:, self.prefix_len :])
+
+    def forward(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> CoreOutput:
+        """One segment from a detached state. tokens (B, S) int64; see `Core`."""
+        return self.tail(tokens, self.prefix(tokens, state, puzzle_ids), puzzle_ids)
