@@ -1,0 +1,95 @@
+"""Figure 5: the table, the paper's statements and the picture, on runs whose outcome is known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+
+from hrm_rl import figure5
+from hrm_rl.errors import UserError
+from hrm_rl.figure5 import Point
+
+N = 400
+
+
+def _point(kind: str, trained: int, budget: int, seed: int, accuracy: float, steps: float) -> Point:
+    generator = torch.Generator().manual_seed(1000 * trained + 10 * budget + seed)
+    right = torch.arange(N) < round(accuracy * N)
+    used = (steps + 0.5 * torch.randn(N, generator=generator)).round().clamp(1, budget).long()
+    return Point(kind, trained, budget, seed, right, used)
+
+
+def _study(act=lambda m: 0.8, fixed=lambda m: 0.8, steps=lambda m: 2.0, beyond=0.1, seeds: int = 3) -> list[Point]:
+    points = []
+    for seed in range(seeds):
+        apart = 0.005 * (seed - 1)
+        for m in (2, 4, 8):
+            points.append(_point("act", m, m, seed, act(m) + apart, steps(m)))
+            points.append(_point("fixed", m, m, seed, fixed(m) + apart, m))
+            points += [_point("act", m, b, seed, act(m) + beyond + apart, steps(m) + 1) for b in (16, 32)]
+    return points
+
+
+def _verdicts(points: list[Point]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for claim in figure5.claims(points, resamples=300):
+        found.setdefault(claim.paper[:3], []).append(claim.verdict)
+    return found
+
+
+def test_claims_hold_where_the_shape_is_the_papers():
+    assert _verdicts(_study()) == {"(a)": ["held"], "(b)": ["held"] * 3, "(c)": ["held"] * 3}
+
+
+@pytest.mark.parametrize("part, changes", [
+    ("(a)", {"steps": lambda m: 0.9 * m}),  # compute grows with the budget
+    ("(b)", {"fixed": lambda m: 0.95}),  # a fixed depth is better
+    ("(c)", {"beyond": -0.1}),  # more segments lose
+])  # fmt: skip
+def test_each_claim_can_fail(part, changes):
+    assert set(_verdicts(_study(**changes))[part]) == {"did not hold"}
+
+
+def test_one_seed_decides_nothing_about_accuracy():
+    found = _verdicts(_study(seeds=1))
+    assert set(found["(b)"]) == set(found["(c)"]) == {"undecided"}
+
+
+def test_rows_are_the_means_of_their_runs():
+    points = _study()
+    table = {(r.kind, r.trained, r.budget): r for r in figure5.rows(points, resamples=200)}
+    assert len(table) == 3 + 3 * 3
+    for (kind, trained, budget), row in table.items():
+        own = [p for p in points if (p.kind, p.trained, p.budget) == (kind, trained, budget)]
+        assert row.seeds == 3
+        assert row.accuracy.value == pytest.approx(sum(p.right.float().mean().item() for p in own) / 3)
+        assert row.mean_steps.value == pytest.approx(sum(p.steps.float().mean().item() for p in own) / 3)
+        assert row.accuracy.low <= row.accuracy.value <= row.accuracy.high
+
+
+def test_files(tmp_path):
+    table, claims = figure5.write(tmp_path, _study(), "a study")
+    read = list(csv.DictReader(io.StringIO((tmp_path / "fig5.csv").read_text())))
+    assert len(read) == len(table) and read[0]["kind"] == "act" and float(read[0]["exact_accuracy"]) == 0.8
+    plain = json.loads((tmp_path / "fig5.json").read_text())
+    assert [c["verdict"] for c in plain["claims"]] == [c.verdict for c in claims] and plain["puzzles"] == N
+    assert (tmp_path / "fig5.png").read_bytes()[:4] == b"\x89PNG"
+    assert "act" in figure5.text(table) and "32" in figure5.text(table)
+
+
+def test_points_of_other_puzzles_or_budgets_are_refused():
+    points = _study()
+    figure5.check_same_puzzles(points)
+    with pytest.raises(UserError, match="different numbers of puzzles"):
+        figure5.check_same_puzzles([*points, Point("act", 2, 2, 0, torch.ones(3).bool(), torch.ones(3).long())])
+    with pytest.raises(UserError, match="more segments than its budget"):
+        figure5.check_same_puzzles([Point("act", 2, 2, 0, torch.ones(N).bool(), torch.full((N,), 3))])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="not a finished run"):
+        figure5.measure(tmp_path, [2])
