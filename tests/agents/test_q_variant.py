@@ -32,15 +32,17 @@ M = 4
 #: One of each switch, crossed somehow; each runs, resumes, is saved and loaded.
 VARIANTS = {
     "polyak mlp": {"target": "polyak", "tau": 0.3, "head": "mlp", "head_width": 8, "head_norm": "rmsnorm"},
-    "hard layernorm": {"target": "hard", "period": 2, "head_norm": "layernorm", "loss": "mse_logits"},
-    "double last_layer mlp": {"backup": "double", "target": "last_layer", "period": 2, "head": "mlp", "head_width": 8},
+    "hard layernorm": {"target": "hard", "period": 4, "head_norm": "layernorm", "loss": "mse_logits"},
+    "double last_layer mlp": {"backup": "double", "target": "last_layer", "period": 4, "head": "mlp", "head_width": 8},
     "double fifo": {"backup": "double", "replay": "fifo", "replay_size": 16, "loss": "mse_values"},
-    "fifo hard": {"replay": "fifo", "replay_size": 12, "target": "hard", "period": 3, "gamma": 0.9},
+    "fifo hard": {"replay": "fifo", "replay_size": 12, "target": "hard", "period": 4, "gamma": 0.9},
     "sarsa fifo": {"backup": "sarsa", "replay": "fifo", "replay_size": 16, "ponder_cost": 0.1},
     "sarsa polyak": {"backup": "sarsa", "target": "polyak", "tau": 0.5},
     "lambda fifo": {"backup": "lambda", "replay": "fifo", "replay_size": 40, "target": "polyak"},
     "mc": {"backup": "mc", "gamma": 0.9, "head": "mlp", "head_width": 8},
 }
+RARER = ("hard layernorm", "fifo hard", "sarsa polyak", "mc")
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in RARER else name for name in VARIANTS]
 
 
 def agent_with(hidden_size: int = 3, max_steps: int = M, bootstrap: str = "shared_prefix", **arguments):
@@ -81,10 +83,10 @@ def same(one: dict, other: dict) -> bool:
 
 @pytest.mark.parametrize("mode", q_targets.BOOTSTRAPS)
 def test_the_defaults_are_the_rule_of_hrm(mode):
-    wanted = weights_after(24, QHaltingAgent, {}, bootstrap=mode)
-    assert same(weights_after(24, QVariantAgent, {}, bootstrap=mode), wanted)
+    wanted = weights_after(12, QHaltingAgent, {}, bootstrap=mode)
+    assert same(weights_after(12, QVariantAgent, {}, bootstrap=mode), wanted)
     changed = {"loss": "mse_values"} if mode == "none" else {"target": "hard", "period": 3}  # negative control
-    assert not same(weights_after(24, QVariantAgent, changed, bootstrap=mode), wanted)
+    assert not same(weights_after(12, QVariantAgent, changed, bootstrap=mode), wanted)
 
 
 @pytest.mark.parametrize("changed", [{"target": "polyak", "tau": 1.0}, {"target": "hard", "period": 1},
@@ -399,13 +401,14 @@ RIGHT = (3, 4)  # segments whose answer is right
 GAMMA, COST = 0.8, 0.1
 
 
-def learned(arguments: dict, updates: int = 150, lr: float = 0.15, bootstrap: str = "shared_prefix") -> torch.Tensor:
+def learned(arguments: dict, updates: int = 70, bootstrap: str = "shared_prefix") -> torch.Tensor:
     """(2, M) values of HALT and CONTINUE that the head has learned."""
     puzzles = small_puzzles(8)
     trainer = small_trainer(
         NeverHalts, {"q_bias": 0.0, "gamma": GAMMA, "ponder_cost": COST} | arguments, puzzles,
-        HiddenCounter(counting_core(puzzles, *RIGHT)), objective="q", bootstrap=bootstrap, augment=False, num_envs=16,
-        max_steps=M, optim={"lr": lr, "weight_decay": 0.0, "beta1": 0.8},
+        HiddenCounter(counting_core(puzzles, *RIGHT)), objective="q", bootstrap=bootstrap, augment=False, num_envs=8,
+        max_steps=M, total_steps=updates,
+        optim={"lr": 0.4, "weight_decay": 0.0, "beta1": 0.8, "schedule": "cosine", "final_lr": 0.02},
     )  # fmt: skip
     for name, parameter in trainer.agent.named_parameters():
         if name.endswith("bias") and arguments.get("head") != "mlp":
@@ -431,46 +434,53 @@ def off_by(table: torch.Tensor, wanted: torch.Tensor) -> float:
     return (table - wanted).abs().max().item()
 
 
+FIFO = {"replay": "fifo", "replay_size": 160}
 CASES = [
-    ({}, 0.0), ({"loss": "mse_logits"}, 0.0), ({"loss": "mse_values"}, 0.0), ({"backup": "double"}, 0.0),
-    ({"backup": "double", "loss": "mse_logits", "target": "hard", "period": 5}, 0.0),
-    ({"target": "polyak", "tau": 0.2}, 0.0), ({"target": "hard", "period": 5}, 0.0),
-    ({"target": "last_layer", "period": 5, "head": "mlp", "head_width": 16}, 0.0), ({"head_norm": "rmsnorm"}, 0.0),
-    ({"replay": "fifo", "replay_size": 320}, 0.0), ({"backup": "sarsa"}, 1.0),
-    ({"backup": "sarsa", "target": "hard", "period": 5, "replay": "fifo", "replay_size": 320}, 1.0),
-    ({"backup": "mc"}, 1.0), ({"backup": "mc", "replay": "fifo", "replay_size": 320}, 1.0),
-    ({"backup": "lambda", "lam": 0.5, "target": "polyak", "tau": 0.2}, 0.5),
-    ({"backup": "lambda", "lam": 0.5, "replay": "fifo", "replay_size": 320}, 0.5),
+    ({}, 0.0), ({"backup": "double"}, 0.0), ({"loss": "mse_logits", "target": "hard", "period": 5}, 0.0), (FIFO, 0.0),
+    ({"target": "last_layer", "period": 5, "head": "mlp", "head_width": 16}, 0.0),
+    ({"backup": "sarsa", "target": "polyak", "tau": 0.3}, 1.0), ({"backup": "mc"}, 1.0),
+    ({"backup": "lambda", "lam": 0.5} | FIFO, 0.5),
 ]  # fmt: skip
+MORE = [
+    ({"loss": "mse_logits"}, 0.0), ({"loss": "mse_values"}, 0.0), ({"target": "polyak", "tau": 0.2}, 0.0),
+    ({"target": "hard", "period": 5}, 0.0), ({"head_norm": "rmsnorm"}, 0.0), ({"backup": "sarsa"}, 1.0),
+    ({"backup": "double", "loss": "mse_logits", "target": "hard", "period": 5} | FIFO, 0.0),
+    ({"backup": "sarsa", "target": "hard", "period": 5} | FIFO, 1.0), ({"backup": "mc"} | FIFO, 1.0),
+    ({"backup": "lambda", "lam": 0.5, "target": "polyak", "tau": 0.2}, 0.5),
+]
 
 
-@pytest.mark.parametrize(("arguments", "lam"), CASES)
+@pytest.mark.parametrize(
+    ("arguments", "lam"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
 def test_fixed_points_with_discount_and_price(arguments, lam):
     """Negative controls: the fixed point without gamma, without the price and of another backup is another one."""
     table = learned(arguments)
-    assert off_by(table, fixed_point(lam)) < 0.04, table
+    assert off_by(table, fixed_point(lam)) < 0.07, table
     others = [fixed_point(lam, gamma=1.0), fixed_point(lam, cost=0.0), *(fixed_point(x) for x in {0.0, 1.0} - {lam})]
-    assert all(off_by(table, other) > 0.08 for other in others)
+    assert all(off_by(table, other) > 0.08 for other in others), table
 
 
 def test_extra_forward_prices_the_segment_beyond_the_budget():
     """Its target at the budget is gamma * Q(M + 1, HALT) - price: that state is never trained and stays at 1/2."""
     table = learned({}, bootstrap="extra_forward")
     assert table[1, -1] == pytest.approx(GAMMA * 0.5 - COST, abs=0.04)
-    assert learned({}, updates=60)[1, -1] > 0.9  # control: other modes know the answer there
+    assert learned({}, updates=20)[1, -1] > 0.8  # control: other modes know the answer there
 
 
 def test_a_target_that_ignores_gamma_is_seen(monkeypatch):
     own = q_targets.continue_target
     monkeypatch.setattr(q_targets, "continue_target", lambda q, at_limit, gamma, *more: own(q, at_limit, 1.0, *more))
     table = learned({})
-    assert off_by(table, fixed_point(0.0)) > 0.08 and off_by(table, fixed_point(0.0, gamma=1.0)) < 0.04
+    assert off_by(table, fixed_point(0.0)) > 0.08 and off_by(table, fixed_point(0.0, gamma=1.0)) < 0.07
 
 
 def test_below_zero_mse_goes_where_bce_stops():
     price = {"ponder_cost": 0.6, "gamma": 0.5}
-    assert learned({"loss": "mse_logits", **price})[1, 0] == pytest.approx(0.5 * -0.1 - 0.6, abs=0.03)
-    assert 0 < learned({"loss": "bce", **price})[1, 0] < 0.05
+    wanted = fixed_point(0.0, gamma=0.5, cost=0.6)[1, :3]
+    assert (wanted < -0.05).all()
+    assert off_by(learned({"loss": "mse_logits", **price})[1, :3], wanted) < 0.04
+    assert off_by(learned({"loss": "bce", **price})[1, :3], torch.zeros(3)) < 0.05
 
 
 # --- in a run -------------------------------------------------------------------------------------------------
@@ -495,7 +505,7 @@ def test_whether_the_q_loss_reaches_the_core(arguments, changes, moves):
     assert all(not torch.equal(p, heads[n]) for n, p in trainer.agent.named_parameters())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_run_is_resumed_number_for_number(tmp_path, name):
     """Through a checkpoint on disk, in mid-episode; without the copies or the ring (negative control) it differs."""
     bootstrap = "next_observation" if name == "fifo hard" else "shared_prefix"
@@ -504,9 +514,9 @@ def test_a_run_is_resumed_number_for_number(tmp_path, name):
         return small_trainer(QVariantAgent, {"q_bias": 0.0} | VARIANTS[name], bootstrap=bootstrap, optim={"ema": 0.9})
 
     straight, first = made(), made()
-    for _ in range(10):
+    for _ in range(8):
         straight.update()
-    for _ in range(6):
+    for _ in range(5):
         first.update()
     tensors, plain = first.state()
     path = save_checkpoint(tmp_path, first.step, first.model(), tensors, plain)
@@ -518,7 +528,7 @@ def test_a_run_is_resumed_number_for_number(tmp_path, name):
             tensors = {n: t for n, t in tensors.items() if not n.startswith("memory.")}
             tensors |= {n: torch.full_like(t, 2) for n, t in tensors.items() if n.startswith("agent.target")}
         second.load_state(tensors, plain)
-        for _ in range(4):
+        for _ in range(3):
             second.update()
         wanted, got = straight.state()[0], second.state()[0]
         differs.append(any(not torch.equal(wanted[n], got[n]) for n in wanted))
@@ -526,7 +536,7 @@ def test_a_run_is_resumed_number_for_number(tmp_path, name):
     assert differs == [False, True]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_trained_run_is_evaluated_by_its_own_agent(tmp_path, name):
     """Weights, arguments and actions come back from the model file; the rule is read off a recording."""
     trainer = small_trainer(QVariantAgent, {"q_bias": 0.0} | VARIANTS[name])
@@ -546,14 +556,14 @@ def test_a_trained_run_is_evaluated_by_its_own_agent(tmp_path, name):
         state, _ = trainer.core(puzzles.questions.long(), trainer.core.initial_state(12))
     count = torch.arange(12)
     view = View(state.z_H, None, 1 + count % M, count >= 0, count)
-    wanted = trainer.agent.act(view)
-    assert torch.equal(agent.act(view), wanted) and 0 < (wanted == HALT).sum() < 12
+    assert torch.equal(agent.act(view), trainer.agent.act(view))
+    assert torch.equal(agent.last_score, trainer.agent.last_score) and len(agent.last_score.unique()) == 12
     assert torch.equal(agent.scores(state.z_H), agent.scores(state.z_H[:, :1])) and recorded.is_recordable(agent)
     with pytest.raises(UserError, match="train with this agent first"):
         load_agent("q_variant", arguments | {"head": "mlp", "head_width": 5}, loaded, loaded.core, M)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EACH)
 def test_no_update_waits_for_the_device(name):
     trainer = small_trainer(QVariantAgent, VARIANTS[name])
     own = trainer.agent.loss
