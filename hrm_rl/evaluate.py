@@ -130,7 +130,8 @@ def which_agent(asked: str, loaded) -> tuple[str, dict]:
 
 def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     """The agent of that name; a learned one gets the weights that lie beside the core. UserError if there are none."""
-    from agents import QHaltingAgent, find_agent, make_agent
+    from agents import find_agent, make_agent
+    from hrm_rl.core.q_head import QHead
 
     agent_class = find_agent(name)
     agent = make_agent(agent_class, core, max_steps, loaded.meta.get("bootstrap", "extra_forward"), arguments)
@@ -139,7 +140,7 @@ def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     own = agent.state_dict()
     if not own:
         return agent
-    if isinstance(agent, QHaltingAgent) and loaded.q_head is None:
+    if isinstance(getattr(agent, "q_head", None), QHead) and loaded.q_head is None:
         raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
     for name, value in own.items():
         if name not in held or held[name].shape != value.shape:
