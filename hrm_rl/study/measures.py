@@ -41,6 +41,8 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "accuracy": Metric("Share of puzzles whose answer is right at the greedy halt.", "higher", "share"),
     "mean_steps": Metric("Segments used per puzzle until the greedy halt.", "none", "segments"),
+    "mean_return": Metric("Return of an episode under the greedy policy, under the arm's own gamma and ponder cost, "
+                          "mean over puzzles.", "higher", "return"),
     "regret": Metric("Best return that any halting has on a puzzle minus that of the greedy policy, under the arm's "
                      "own gamma and ponder cost, mean over puzzles.", "lower", "return"),
     "frontier_area": Metric("Accuracy averaged over all budgets of mean steps from 1 to M, as the threshold on q_halt "
@@ -141,8 +143,10 @@ def measure_halting(
     steps = exact.halt_steps(wish)
     row = (steps - 1)[:, None]
     right = correct.expand(len(wish), -1, -1).gather(1, row)[:, 0]
-    lost = exact.best_return(correct, gamma, ponder_cost) - exact.policy_return(correct, wish, gamma, ponder_cost)
-    metrics = {"accuracy": right.double().mean(-1), "mean_steps": steps.double().mean(-1), "regret": lost.mean(-1)}
+    earned = exact.policy_return(correct, wish, gamma, ponder_cost).mean(-1)
+    best = exact.best_return(correct, gamma, ponder_cost).mean(-1)
+    metrics = {"accuracy": right.double().mean(-1), "mean_steps": steps.double().mean(-1), "mean_return": earned,
+               "regret": best - earned}  # fmt: skip
     halts = torch.zeros(wish.shape, dtype=torch.float64, device=wish.device).scatter_(1, row, 1.0)
     accuracy = correct.double().mean(-1).expand(len(wish), -1).clone()
     return metrics, {"accuracy": accuracy, "halts": halts.mean(-1)}

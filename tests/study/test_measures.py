@@ -42,7 +42,7 @@ def test_by_hand():
     metrics, by_step = measures.measure(LOGITS, CORRECT, 0.9, 0.1)
     got = one(metrics)
     assert got["accuracy"] == 0.5 and got["mean_steps"] == 1.5
-    assert got["regret"] == pytest.approx(0)
+    assert got["mean_return"] == pytest.approx((0.9 - 0.1 + 0) / 2) and got["regret"] == pytest.approx(0)
     halt, cont = [0.2, 0.3, -0.1, 0.4], [0.6 - 0.8, 0.1 + 0.1, 0.7 - 1, 0.2]
     assert got["bias_halt"] == pytest.approx(sum(halt) / 4)
     assert got["abs_bias_halt"] == pytest.approx(sum(map(abs, halt)) / 4)
