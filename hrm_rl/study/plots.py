@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,13 +39,20 @@ class Image:
     alt: str
 
 
-def forest(summaries: Sequence[ArmSummary], metric: str, baseline: ArmSummary | None, title: str,
-           share: bool) -> Image:  # fmt: skip
+def forest(
+    summaries: Sequence[ArmSummary], metric: str, baseline: ArmSummary | None, title: str, share: bool,
+    difference: bool = False,
+) -> Image:  # fmt: skip
     """One row an arm: every seed a dot, the mean with its interval, the baseline's interval as a band.
 
-    share: the metric is a share, shown in percent.
+    share: the metric is a share, shown in percent. difference: everything minus the baseline's mean, with the interval
+    of the difference; the baseline is the line at 0.
     """
     scale = 100 if share else 1
+    if difference:
+        summaries = [_minus(s, metric, baseline) for s in summaries if baseline is None or s.arm != baseline.arm]
+        baseline = None
+    label = f"{metric}{' minus the baseline' * difference}{', points' if difference and share else ', %' * share}"
 
     def draw(axes) -> None:
         _style(axes)
@@ -62,13 +69,25 @@ def forest(summaries: Sequence[ArmSummary], metric: str, baseline: ArmSummary | 
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         _scale(axes, "x", [scale * v for s in summaries if metric in s.metrics for v in s.metrics[metric].finals])
-        axes.set_xlabel(f"{metric}{', %' if share else ''} at the last checkpoint")
+        axes.set_xlabel(f"{label} at the last checkpoint")
+        if difference:
+            axes.axvline(0, color=_c("muted"), lw=1, zorder=1)
         right = axes.secondary_yaxis("right")
         right.set_yticks(range(len(summaries)), [seeds_of(s, metric) for s in summaries], fontsize=8, color=_c("muted"))
         right.tick_params(length=0)
         right.spines["right"].set_visible(False)
 
     return _render(draw, 7.4, 0.85 + 0.27 * max(2, len(summaries)), title)
+
+
+def _minus(summary: ArmSummary, metric: str, baseline: ArmSummary | None) -> ArmSummary:
+    """A summary of one metric with the baseline's mean taken off, and the interval of the difference."""
+    found = summary.metrics.get(metric)
+    if found is None or baseline is None or metric not in baseline.metrics:
+        return replace(summary, metrics={})
+    zero = baseline.metrics[metric].mean.value
+    finals = tuple(value - zero for value in found.finals)
+    return replace(summary, metrics={metric: replace(found, finals=finals, mean=found.difference)})
 
 
 def _forest_row(axes, row: int, summary: ArmSummary, metric: str, baseline: ArmSummary | None, scale: float) -> None:

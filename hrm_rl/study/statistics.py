@@ -276,8 +276,8 @@ def _rowwise(parts: list[ndarray], interval_of) -> list[Interval]:
 class PuzzleDraws:
     """Accuracy of runs on redrawn puzzles, the same draws for all runs that share their puzzles.
 
-    An own function: scipy.stats.bootstrap draws along one axis of each sample, and here one draw of puzzles is common to
-    all seeds (of both arms of a difference) while the seeds are drawn as well.
+    An own function: scipy.stats.bootstrap draws along one axis of each sample, and here one draw of puzzles is common
+    to all seeds (of both arms of a difference) while the seeds are drawn as well.
     """
 
     def __init__(self, resamples: int = RESAMPLES, seed: int = 0):
@@ -444,8 +444,8 @@ def _summary(
             difference, paired = over_puzzles or difference, over_puzzles is not None
         values = table[k]
         summary.metrics[name] = MetricSummary(
-            finals=tuple(values.tolist()), measured=int(np.isfinite(values).sum()), mean=mean, worst=worst(values, way[k]),
-            cvar=cvar(values, way[k]), difference=difference, paired=paired, improvement=improvements[k],
-            iqm=middles.get(k, NOTHING),
+            finals=tuple(values.tolist()), measured=int(np.isfinite(values).sum()), mean=mean,
+            worst=worst(values, way[k]), cvar=cvar(values, way[k]), iqm=middles.get(k, NOTHING),
+            difference=difference, paired=paired, improvement=improvements[k],
         )  # fmt: skip
     return summary

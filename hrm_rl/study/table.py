@@ -98,7 +98,7 @@ def to_parquet(table: Columns, where: Path) -> bytes:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"{where}: the table as Parquet needs pyarrow (pip install pyarrow); the CSV is there") from error
+        raise UserError(f"{where}: a table as Parquet needs pyarrow (pip install pyarrow); the CSV is there") from error
     types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     held = {name: pa.array(values, type=types[kind], from_pandas=False) for name, (kind, values) in table.items()}
     sink = io.BytesIO()

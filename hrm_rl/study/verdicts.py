@@ -1,9 +1,10 @@
 """Whether what the HRM paper says about its Q-learning held in a study: one verdict a claim, by rules, never by hand.
 
-The paper (arXiv:2506.21734, ACT section) trains its Q-head without replay and without a target network, and says why it
-expects this to be stable: parameters are bounded, through AdamW's weight decay and RMSNorm after each block. Five claims
-follow, and each is one of two kinds of rule (below) over *contrasts*: two arms that differ in nothing but the claim's own
-switch. Every rule speaks about the study's baseline; what happens around other recipes is in the table of arms.
+The paper (arXiv:2506.21734, ACT section) trains its Q-head without replay and without a target network, and says why
+it expects this to be stable: parameters are bounded, through AdamW's weight decay and RMSNorm after each block. Five
+claims follow. `bounded_parameters` asks the baseline itself; the others are one of two rules, `needed` and `needless`,
+over *contrasts*: two arms that differ in nothing but the claim's own switch. Every rule speaks about the study's
+baseline; what happens around other recipes is in the table of arms.
 
 A contrast measures three gains of the arm `present` (with weight decay, norm, target network, replay) over the arm
 `absent`, each so that more is better: accuracy (paired over puzzles where the core is the same), regret saved, and the
@@ -21,7 +22,7 @@ any of the arms nothing is decided.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -161,8 +162,8 @@ def default_judge() -> Callable[[RunResult], Any]:
 
 
 def bounded_parameters(study: _Study) -> Verdict:
-    """Held: the baseline's parameters end within the optimiser's bound (ratio at most 1 in every run, and the interval of
-    the mean) and the baseline is stable. Did not hold: they end beyond it (the interval lies above 1), or the baseline
+    """Held: the baseline's parameters end within the optimiser's bound (ratio at most 1 in every run, and the interval
+    of the mean) and the baseline is stable. Did not hold: they end beyond it (the interval lies above 1), or the baseline
     is unstable. The bound is one for the limit of training (arXiv:2404.04454), so the last checkpoint is asked."""
     claim = "bounded parameters"
     statement = "The parameters of the Q-head stay within the optimiser's bound, and Q-learning is stable there."
@@ -185,9 +186,11 @@ def bounded_parameters(study: _Study) -> Verdict:
     if stable is False:
         return Verdict(claim, statement, "did not hold", measured, "the baseline is unstable")
     if mean.high <= 1 and known.max() <= 1 and stable:
-        return Verdict(claim, statement, "held", measured, "every run ends within the bound, and the baseline is stable")
-    return Verdict(claim, statement, "undecided", measured, "the interval of the ratio holds 1, or some runs are beyond "
-                   "it" if known.max() > 1 else "too few runs to call the baseline stable")  # fmt: skip
+        reason = "every run ends within the bound, and the baseline is stable"
+        return Verdict(claim, statement, "held", measured, reason)
+    reason = "some runs end beyond the bound, others within" if known.max() > 1 else \
+        "all runs end within the bound, but the intervals are too wide to call the baseline stable"  # fmt: skip
+    return Verdict(claim, statement, "undecided", measured, reason)
 
 
 def needed(study: _Study, claim: Claim) -> Verdict:
@@ -212,8 +215,8 @@ def needed(study: _Study, claim: Claim) -> Verdict:
 
 
 def needless(study: _Study, claim: Claim) -> Verdict:
-    """For what the paper does without. Did not hold: the baseline, which is without it, is unstable, or it helps in some
-    contrast. Held: the baseline is stable, and it is useless in every contrast."""
+    """For what the paper does without. Did not hold: the baseline, which is without it, is unstable, or it helps in
+    some contrast. Held: the baseline is stable, and it is useless in every contrast."""
     contrasts = study.contrasts(claim)
     missing = _cannot_tell(study, claim, contrasts)
     if missing:

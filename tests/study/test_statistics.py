@@ -213,13 +213,15 @@ def test_a_diverged_run_solves_no_puzzle():
 
 
 def test_answers_that_contradict_the_accuracy_are_not_used():
-    odd = [replace(r, metrics={"accuracy": torch.tensor([0.0, 0.3], dtype=torch.float64)}) for r in table_of("a", np.eye(5) > 0)]
+    series = {"accuracy": torch.tensor([0.0, 0.3], dtype=torch.float64)}
+    odd = [replace(r, metrics=series) for r in table_of("a", np.eye(5) > 0)]
     assert accuracy_interval(odd, PuzzleDraws(10)) is None and accuracy_interval(
         table_of("a", np.eye(5) > 0), PuzzleDraws(10)) is not None  # fmt: skip
 
 
 def test_a_whole_study():
-    info, results = make_study({"base": Made(), "same": Made(), "better": Made(accuracy=0.9), "bad": Made(diverged=[0])})
+    arms = {"base": Made(), "same": Made(), "better": Made(accuracy=0.9), "bad": Made(diverged=[0])}
+    info, results = make_study(arms)
     found = summarise(results, "base", {"accuracy": 1, "regret": -1, "target_drift": -1}, resamples=500)
     assert list(found) == ["base", "same", "better", "bad"]
     accuracy = {arm: summary.metrics["accuracy"] for arm, summary in found.items()}
@@ -244,7 +246,7 @@ def test_the_intervals_cover():
     for seeds in (3, 10, 30):
         table = rng.standard_normal((400, seeds))
         covered[seeds] = np.mean([i.low <= 0 <= i.high for row in table for i in mean_interval([row[None]])])
-    assert 0.87 < covered[10] < 0.94 and covered[3] < 0.83 and covered[30] > 0.92, covered
+    assert covered[3] < 0.83 and 0.86 < covered[10] < 0.94 and 0.89 < covered[30] < 0.97, covered
     crossed = seeds_only = 0
     for _ in range(200):
         ability, ease = rng.normal(0.7, 0.01, (10, 1)), rng.normal(0, 0.2, (1, 150))

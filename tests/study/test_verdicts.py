@@ -47,7 +47,7 @@ def test_a_study_in_which_every_claim_fails():
     found = outcomes({
         "baseline": Made(ratio=1.5), "no decay": Made(WITHOUT["weight decay"]), "norm": Made(WITHOUT["post-norm"]),
         "target": Made(WITHOUT["no target network needed"], 0.86), "replay": Made(WITHOUT["no replay needed"], 0.86),
-    })  # fmt: skip
+    }, puzzles=1000)  # fmt: skip
     assert {v.outcome for v in found.values()} == {"did not hold"}, {c: v.reason for c, v in found.items()}
     assert "with it the arm is better (target)" in found["no target network needed"].reason
     assert "beyond the bound" in found["bounded parameters"].reason

@@ -74,8 +74,8 @@ class Made:
 
 
 def make_study(
-    arms: Mapping[str, Made], baseline: str | None = None, puzzles: int = 300, checkpoints: int = 20, segments: int = 16,
-    seed: int = 0, title: str = "Synthetic study",
+    arms: Mapping[str, Made], baseline: str | None = None, puzzles: int = 300, checkpoints: int = 20,
+    segments: int = 16, seed: int = 0, title: str = "Synthetic study",
 ) -> tuple[StudyInfo, list[RunResult]]:  # fmt: skip
     """The description and the runs of a study; the first arm is the baseline if none is named."""
     baseline = baseline or next(iter(arms))
@@ -83,7 +83,7 @@ def make_study(
     runs = [_run(name, made, number, difficulty, checkpoints, segments, seed, baseline_of(arms, baseline))
             for name, made in arms.items() for number in range(made.seeds)]  # fmt: skip
     info = StudyInfo(
-        title, "python -m hrm_rl.ablate configs/q_stability.yaml --out runs/study", "2026-11-22", "a machine of 2 cores",
+        title, "python -m hrm_rl.ablate configs/q_stability.yaml --out runs/study", "2026-11-22", "2 cores",
         "2.13.0+cpu", baseline, "q_only", puzzles, UPDATES, len(runs),
         {name: Arm(**made.changes).to_values() for name, made in arms.items()},
     )  # fmt: skip
