@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from hrm_rl import cli
+from hrm_rl.study.spec import is_study
 from hrm_rl.train import build_parser, read_options
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not is_study(path))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
