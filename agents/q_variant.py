@@ -41,7 +41,7 @@ from agents.lambda_return import lambda_losses
 from agents.q_halting import QHaltingAgent
 from agents.sarsa import sarsa_losses
 from hrm_rl import rng
-from hrm_rl.core.layers import rms_norm
+from hrm_rl.core.layers import rms_norm, trunc_normal_
 from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 from hrm_rl.settings import check_settings
@@ -57,6 +57,9 @@ class FeatureHead(nn.Module):
     def __init__(self, hidden_size: int, width: int | None, norm: str, bias: float):
         super().__init__()
         self.hidden = None if width is None else nn.Linear(hidden_size, width)
+        if width is not None:  # as the core's own layers start, and the study's heads on recordings
+            trunc_normal_(self.hidden.weight.data, hidden_size**-0.5)
+            nn.init.zeros_(self.hidden.bias)
         self.norm = norm
         self.out = QHead(width or hidden_size, bias)
 

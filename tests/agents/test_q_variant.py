@@ -221,6 +221,8 @@ def test_heads():
     normed = agent_with(8, head_norm="layernorm").q_head.features(z_H)
     torch.testing.assert_close(normed.mean(-1), torch.zeros(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(normed.var(-1, unbiased=False), torch.ones(5), atol=1e-4, rtol=0)
+    wide = agent_with(64, head="mlp", head_width=256).q_head.hidden
+    assert wide.weight.std().item() == pytest.approx(1 / 8, rel=0.03) and not wide.bias.any()
     mlp = agent_with(8, head="mlp", head_width=6, head_norm="rmsnorm").q_head
     x = mlp.hidden(z_H[:, 0])
     x = x / x.square().mean(-1, keepdim=True).sqrt()

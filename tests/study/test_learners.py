@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from agents import QHaltingAgent, exploration, q_targets
 from agents.base import Transition, View
+from agents.lambda_return import LambdaAgent
+from agents.monte_carlo import MonteCarloAgent
+from agents.sarsa import SarsaAgent
 from envs.actions import CONTINUE, HALT
 from hrm_rl import rng
 from hrm_rl.core.q_head import QHead
@@ -126,11 +129,14 @@ def test_one_seed_draws_the_same_under_every_arm():
 # --- the live agent -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bootstrap", ["shared_prefix", "next_observation"])
-def test_equals_the_live_agent(bootstrap):
-    """Loss and gradient of QHaltingAgent on the same transitions, update by update."""
-    data, arm = _data(), Arm(num_envs=16, lr=5e-2, q_bias=0.0, epsilon=0.3)
-    agent = QHaltingAgent(SimpleNamespace(hidden_size=D), M, bootstrap, epsilon=0.3, q_bias=0.0)
+@pytest.mark.parametrize(("backup", "agent_class", "arguments"), [
+    ("max", QHaltingAgent, {"bootstrap": "shared_prefix"}), ("max", QHaltingAgent, {"bootstrap": "next_observation"}),
+    ("sarsa", SarsaAgent, {}), ("lambda", LambdaAgent, {"lam": 0.65}), ("mc", MonteCarloAgent, {}),
+])  # fmt: skip
+def test_equals_the_live_agent(backup, agent_class, arguments):
+    """Loss and gradient of the agent on the same transitions, update by update."""
+    data, arm = _data(), Arm(num_envs=16, lr=5e-2, q_bias=0.0, epsilon=0.3, backup=backup)
+    agent = agent_class(SimpleNamespace(hidden_size=D), M, epsilon=0.3, q_bias=0.0, **arguments)
     stack = Stack([arm], [2], data, "cpu")
     kinds = set()
     for _ in range(40):
@@ -143,7 +149,7 @@ def test_equals_the_live_agent(bootstrap):
         q_logits = agent.scores(view.z_H)
         actions = agent.act(view, q_logits.detach(), explore=True)
         losses, _ = stack._learn()
-        (grad_weight, grad_bias) = torch.autograd.grad(losses.sum(), list(stack.parameters.values()))
+        grad_weight, grad_bias = torch.autograd.grad(losses.sum(), list(stack.parameters.values()))
         continued = slots.steps[0] > 1
         assert torch.equal(actions == CONTINUE, continued), "the same decisions, floors included"
         next_z_H = data.q_token[slots.steps[0] - 1, slots.puzzle[0]][:, None]
@@ -204,7 +210,7 @@ QUICK = {"optimizer": "adam", "lr": 0.05, "weight_decay": 0.0, "q_bias": 0.0, "n
 ], ids=str)  # fmt: skip
 def test_max_and_double_reach_the_optimum(switches):
     data = _named(FOUR)
-    q = _learned(Arm(**QUICK | {"gamma": 0.9} | switches), data, 700)
+    q = _learned(Arm(**QUICK | {"gamma": 0.9} | switches), data, 500)
     halt = torch.tensor(FOUR).T.float()
     cont = torch.tensor([[0.9, 0.81, 0.0, 0.9], [0.9, 0.9, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
     assert (q[..., 0] - halt).abs().max() < 0.06
@@ -215,10 +221,10 @@ def test_max_and_double_reach_the_optimum(switches):
 
 def test_ponder_cost_is_in_the_target():
     arm = Arm(**QUICK | {"replay": "uniform", "loss": "mse_logits", "ponder_cost": 0.2, "lr": 0.02})
-    q = _learned(arm, _named(FOUR), 700)
+    q = _learned(arm, _named(FOUR), 500)
     cont = torch.tensor([[0.8, 0.6, -0.2, 0.8], [0.8, 0.8, -0.2, -0.2], [1.0, 1.0, 0.0, 0.0]])
     assert (q[..., 1] - cont).abs().max() < 0.06
-    free = _learned(replace(arm, ponder_cost=0.0), _named(FOUR), 700)
+    free = _learned(replace(arm, ponder_cost=0.0), _named(FOUR), 500)
     assert (free[..., 1] - cont).abs().max() > 0.15
 
 
@@ -285,7 +291,7 @@ def test_target_networks_hold_what_they_should():
 
 def test_a_target_that_never_moves_is_what_is_learned():
     arm = Arm(**QUICK | {"replay": "uniform", "target": "hard", "period": 10_000, "q_bias": -1.0})
-    q = _learned(arm, _named(FOUR), 700)
+    q = _learned(arm, _named(FOUR), 500)
     assert (q[:2, :, 1] - torch.sigmoid(torch.tensor(-1.0))).abs().max() < 0.03
 
 
@@ -294,7 +300,7 @@ def test_fifo_keeps_the_last():
     for first in range(0, 20, 2):
         rows = torch.tensor([[first, first + 1]] * 2)
         fifo.add(rows, rows % 2 == 0)
-    u = torch.linspace(0, 1 - 1e-9, 200).double().expand(2, -1)
+    u = torch.linspace(0, 1 - 1e-9, 200, dtype=torch.float64).expand(2, -1)
     row, continued = fifo.draw(u)
     assert set(row[0].tolist()) == set(range(14, 20)) and set(row[1].tolist()) == set(range(12, 20))
     assert torch.equal(continued, row % 2 == 0)
@@ -323,7 +329,7 @@ def test_double_moves_one_head_and_values_by_the_other():
     for _ in range(20):
         zero = torch.zeros(1, 1, dtype=torch.long)
         loss = stack._bootstrapped(q_logits, x_next, zero, zero == 0, zero > 0)
-        found.add(round(float(loss), 5))
+        found.add(round(loss.item(), 5))
         stack.updates += 1
     halt = torch.log(torch.tensor(2.0))  # at logit 0, whatever the target is, as is the other
     assert found == {round(float(halt), 5)}
@@ -332,7 +338,7 @@ def test_double_moves_one_head_and_values_by_the_other():
     found, q_logits = set(), stack._q_logits(stack.table[None, :1])
     for _ in range(20):
         loss = stack._bootstrapped(q_logits, x_next, zero, zero == 0, zero > 0)
-        found.add(round(float(loss), 4))
+        found.add(round(loss.item(), 4))
         stack.updates += 1
     bce = nn.functional.binary_cross_entropy_with_logits
     # the first picks HALT (2 > 0), valued by the second at -3; the second picks CONTINUE, valued by the first at 0
@@ -502,7 +508,9 @@ def test_bad_input_is_named():
 
 
 def test_trajectories_are_what_the_core_that_ships_does(tmp_path):
+    from hrm_rl.core import HRMCore
     from hrm_rl.core.io import load_core
+    from hrm_rl.evaluate import in_dtype
     from hrm_rl.study.trajectories import load_trajectories
     from hrm_rl.tasks import load_puzzles
 
@@ -510,8 +518,7 @@ def test_trajectories_are_what_the_core_that_ships_does(tmp_path):
     told = []
     made = load_trajectories(None, puzzles, 4, folder=tmp_path, progress=told.append, dtype="float32")
     assert sum(told) == 6 and made.q_token.shape[:2] == (4, 6)
-    core = load_core(None).core
-    core.config = replace(core.config, dtype="float32")
+    core = in_dtype(HRMCore, load_core(None).core, "float32")
     state, tokens = core.initial_state(6), puzzles.questions.long()
     for m in range(4):
         with torch.no_grad():
@@ -520,8 +527,6 @@ def test_trajectories_are_what_the_core_that_ships_does(tmp_path):
         assert torch.equal(made.correct[m], (logits.argmax(-1) == puzzles.answers.long()).all(1))
     read = load_trajectories(None, puzzles, 4, folder=tmp_path, progress=told.append, dtype="float32")
     assert sum(told) == 6 and read.key == made.key and torch.equal(read.q_token, made.q_token)
-    with pytest.raises(UserError, match="no core|no trained core|does not fit|side"):
-        load_trajectories(None, load_puzzles("sudoku-4", 4, "test", limit=2))
 
 
 @pytest.mark.slow
