@@ -125,7 +125,7 @@ def _refuse_another(out: Path, content: Mapping[str, Any], must_be: bool = False
     """Whether `out` holds this study already; UserError where it holds something else."""
     path = out / STUDY_FILE
     try:
-        if not out.exists() or (out.is_dir() and not [p for p in out.iterdir() if not p.name.startswith(".")]):
+        if not out.exists() or (out.is_dir() and all(_says_nothing(p) for p in out.iterdir())):
             if must_be:
                 raise UserError(f"{out}: holds no study to report on")
             return False
@@ -145,6 +145,11 @@ def _refuse_another(out: Path, content: Mapping[str, Any], must_be: bool = False
         other = f"another study, {name!r}" if name != content["name"] else f"study {name!r} with other settings"
         raise UserError(f"{out}: holds {other} ({difference}); choose another --out")
     return True
+
+
+def _says_nothing(path: Path) -> bool:
+    """Whether something in a study's folder is there before study.json is: the lock, and the folder for runs."""
+    return path.name.startswith(".") or (path.name == "runs" and path.is_dir() and not any(path.iterdir()))
 
 
 def _difference(held: Mapping[str, Any], content: Mapping[str, Any]) -> str:

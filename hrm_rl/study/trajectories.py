@@ -64,14 +64,13 @@ def load_trajectories(
     the puzzles done. UserError for a core that cannot be read or does not fit the puzzles.
     """
     from envs.problem import check_fit
-    from hrm_rl.core import HRMCore
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import pick_dtype
     from hrm_rl.evaluate import in_dtype
 
     device = torch.device(device)
     loaded = load_core(source, size=puzzles.side)
-    core = in_dtype(HRMCore, loaded.core, pick_dtype(dtype, device)).to(device).eval()
+    core = in_dtype(loaded.core, pick_dtype(dtype, device)).to(device).eval()
     check_fit(core, puzzles)
     max_steps = max_steps or int(loaded.meta.get("max_steps", 16))
     key = recording_key(core, model_sha256(loaded.source), puzzles, max_steps, str(device))
