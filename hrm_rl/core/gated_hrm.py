@@ -1,9 +1,8 @@
 """HRM whose networks merge their inputs by a learned gate in place of addition.
 
-Source: HRM, arXiv:2506.21734, section 2: inputs are merged by element-wise addition, "though more sophisticated
-merging techniques such as gating mechanisms could potentially improve performance", which the paper leaves for the
-future. The form is ours. With s the state that a call updates and i what comes from outside (z_H + x for f_L, z_L for
-f_H):
+Source: HRM, arXiv:2506.21734, section 2, where inputs are merged by element-wise addition and gating is named as what
+might do better and left for the future. The form is ours. With s the state that a call updates and i what comes from
+outside (z_H + x for f_L, z_L for f_H):
 
     g = sigmoid(W [s, i] + b)          one gate a position and feature, W (D, 2D), b (D), of its own for f_L and f_H
     merged = 2 (g s + (1 - g) i)
@@ -11,8 +10,8 @@ f_H):
 The 2 makes addition the middle of the range: W = 0 and b = 0 at the start, so g = 1/2, merged = s + i, and an
 untrained gated HRM is HRM number for number (tests hold it to that). Without the 2 the sum would be halved, which the
 norm at the end of a sub-block hides but the logits of attention, which are quadratic in it, do not. Gradient reaches W
-at once, since s and i differ. The variance of what a network sees stays within that of twice the larger input: with g
-= 0 or 1 it is 4 times one input's, with g = 1/2 their sum's.
+at once, since s and i differ. What a network sees grows to twice one input at most (g = 0 or 1), and the post-norm
+makes its variance 1 again.
 
 Departures from HRM: the gates, 4 D^2 + 2 D parameters and 4 D^2 multiplications a position and pair of calls; nothing
 else.
@@ -39,7 +38,7 @@ class Gate(nn.Module):
     def forward(self, state: Tensor, injection: Tensor) -> Tensor:
         both = torch.cat((state, injection), dim=-1)
         g = F.linear(both, self.weight.to(both.dtype), self.bias.to(both.dtype)).sigmoid()
-        return 2 * torch.lerp(injection, state, g)
+        return 2 * (g * state + (1 - g) * injection)
 
 
 class GatedHRMCore(HRMCore):
