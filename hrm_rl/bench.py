@@ -515,6 +515,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     class Engine:  # what CompileGuard looks at
         run_prefix, run_tail = staticmethod(core.prefix), staticmethod(core.tail)
 
+    Engine.core = core
     guard, engines, runs = CompileGuard(), {}, {}
     for how in compiled:
         engine = engines[how] = Engine()
