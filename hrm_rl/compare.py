@@ -30,6 +30,8 @@ def build_parser():
     add("run", nargs="?", type=str, default=None, metavar="RUN",
         help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM; nothing: the core that "
         "ships.")  # fmt: skip
+    add("--core_kind", type=str, default="",
+        help="Import path of the core's class, where it is one of your own (docs/CORES.md).")
     add("--agents", type=str, nargs="+", default=[],
         help="Rules: NAME, NAME:ARGUMENT=VALUE,... or an import path. NAME@own keeps the agent's own threshold, as "
         "does one given by hand (residual:tau=0.05). Nothing: all that fit the core. residual and oracle are always "
@@ -105,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import comparison, evaluation, recorded, scoring
     from hrm_rl.checkpoint import write_atomically
+    from hrm_rl.core import find_core
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.evaluate import in_dtype
@@ -112,6 +115,8 @@ def main(argv: Sequence[str]) -> int:
     from hrm_rl.flops import segment_flops
 
     device = pick_device(options.device)
+    if options.core_kind:
+        find_core(options.core_kind)  # imports it
     loaded = load_core(options.run)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device).eval()
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))

@@ -22,6 +22,8 @@ def build_parser():
     parser.add_argument("run", nargs="?", type=str, default=None, metavar="RUN",
                         help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM; "
                         "nothing: the core that ships.")  # fmt: skip
+    parser.add_argument("--core_kind", type=str, default="",
+                        help="Import path of the core's class, where it is your own (docs/CORES.md).")  # fmt: skip
     parser.add_argument("--max_steps", type=int, nargs="+", default=None,
                         help="Budgets to report the learned halt for; nothing: the one trained with.")  # fmt: skip
     parser.add_argument("--data", type=str, default="",
@@ -57,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import evaluation
     from hrm_rl.checkpoint import write_atomically
+    from hrm_rl.core import find_core
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.ensemble import MOST_COPIES, ensemble_line, ensemble_report, solve_ensemble
@@ -68,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} must be between {low} and {high}, not {options[name]}")
     if options.copies is not None and options.ensemble == "none":
         raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
+    if options.core_kind:
+        find_core(options.core_kind)  # imports it
     loaded = load_core(options.run)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))

@@ -148,6 +148,5 @@ def _part(name: str) -> str:
     """Which part of the model a parameter belongs to."""
     if name.startswith("agent."):
         return "q_head"
-    if name.startswith("core.H_level"):
-        return "core_H"
-    return "core_L" if name.startswith("core.L_level") else "core_other"
+    network = name.removeprefix("core.").split(".")[0]
+    return {"H_level": "core_H", "L_level": "core_L", "net": "core_net"}.get(network, "core_other")

@@ -40,8 +40,9 @@ TAGS: dict[str, str] = {
     "state/residual_z_H": "|z_H(m) - z_H(m-1)| / |z_H(m)| (L2 over a puzzle), mean over the episodes that go on.",
     "state/residual_z_L": "The same for z_L.",
     "grad/core_H": "L2 norm of the gradient of f_H, at the logged update, before clipping.",
-    "grad/core_L": "L2 norm of the gradient of f_L.",
-    "grad/core_other": "L2 norm of the gradient of embeddings and output head.",
+    "grad/core_L": "L2 norm of the gradient of f_L (trm: of its only network).",
+    "grad/core_net": "L2 norm of the gradient of the network of recurrent_transformer and direct_transformer.",
+    "grad/core_other": "L2 norm of the gradient of all else in the core: embeddings, output head, gates.",
     "grad/q_head": "L2 norm of the gradient of the Q-head.",
     "param/max_times_decay": "Largest |weight| in the optimiser times weight decay: AdamW's bound says 1 "
     "(Xie & Li, arXiv:2404.04454).",

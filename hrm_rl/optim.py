@@ -1,4 +1,4 @@
-"""Optimisers of a run: AdamW for everything (the paper), or Muon for the matrices of f_H and f_L.
+"""Optimisers of a run: AdamW for everything (the paper), or Muon for the matrices of the core's networks.
 
 Muon (Jordan et al., 2024; torch.optim.Muon, torch >= 2.9) orthogonalises the momentum of hidden matrices; the
 embeddings, the output head, biases and the Q-head stay with AdamW, as its authors advise. Its step is scaled
@@ -17,8 +17,8 @@ from hrm_rl.errors import UserError
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes this parameter: the weight of a linear layer inside f_H or f_L."""
-    return parameter.ndim == 2 and name.endswith(".weight") and name.startswith(("core.H_level.", "core.L_level."))
+    """Whether Muon takes this parameter: the weight of a linear layer in a network (`recurrent.Level`) of the core."""
+    return parameter.ndim == 2 and name.endswith(".weight") and name.startswith("core.") and ".layers." in name
 
 
 def make_optimizers(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -30,7 +30,7 @@ from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import evaluation, measure
 from hrm_rl.config import TrainConfig, small_core
-from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core
+from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
 from hrm_rl.devices import can_compile
@@ -48,7 +48,9 @@ _BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpo
 
 def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
     """The core a run starts from: from scratch by its seed, or `init_core`; objective=q needs a trained one."""
+    kind = find_core(config.core.kind).kind
     if config.init_core or config.objective == "q":
+        config = replace(config, core=replace(config.core, kind=kind))
         loaded = load_core(config.init_core, device, size=config.size).core
         differs = [n for n in ("seq_len", "vocab_size") if getattr(loaded.config, n) != getattr(config.core, n)]
         if differs:

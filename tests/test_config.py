@@ -103,7 +103,10 @@ def test_frozen_and_explained():
                 assert f"--{prefix}{field.name}" in text
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+RECIPES = sorted(p.name for p in (ROOT / "configs").glob("*.yaml") if "\narms:" not in p.read_text())  # not studies
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_shipped_recipes_are_valid(name):
     config, agent, _ = read_options(options("--config", str(ROOT / "configs" / name), "--device", "cpu"))
     assert isinstance(config, TrainConfig) and isinstance(agent, type)

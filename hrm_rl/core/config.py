@@ -10,6 +10,7 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LARGEST_SIZE = 1 << 24  # far above any core; keeps the products of sizes within 64 bits
+_MOST_CYCLES = 1 << 16  # H_cycles * L_cycles, which is about how many calls a segment lists
 _LARGEST_NUMBER = {"expansion": 1024.0, "rope_theta": 1e12, "rms_norm_eps": 1.0}
 AUTO = torch.float32  # what a core computes in where nobody has chosen for the machine at hand
 
@@ -19,7 +20,8 @@ class CoreConfig:
     """Every size of the core.
 
     Args:
-        kind: Which core: a short name (`hrm_rl.core.registry`) or an import path.
+        kind: Which core: hrm, recurrent_transformer, direct_transformer, trm, gated_hrm (docs/CORES.md), or the import
+            path of one of your own.
         vocab_size: Token values, padding and blank included (0 = padding, 1 = blank, digit d = d + 1).
         seq_len: Tokens of a puzzle (81 for 9x9 Sudoku).
         hidden_size: Features of every position.
@@ -28,10 +30,11 @@ class CoreConfig:
         inner_multiple: The multiple the inner width of SwiGLU is rounded up to (256 in the release).
         H_cycles: High-level cycles a segment (N in the paper).
         L_cycles: Low-level steps a high-level cycle (T in the paper).
-        H_layers: Blocks of the high-level module.
-        L_layers: Blocks of the low-level module.
-        gradient: How far the gradient of a segment reaches back through its calls of f_L and f_H: one_step (through the
-            last call of each, as published), last_k (through the last gradient_k calls), full (through all of them).
+        H_layers: Blocks of the high-level module (trm has none).
+        L_layers: Blocks of the low-level module (trm: of its only network).
+        gradient: How far the gradient of a segment reaches back through its calls of f_L and f_H: auto (as the core was
+            published: trm through its last recursion, all others by one_step), one_step (through the last call of
+            each), last_k (through the last gradient_k calls), full (through all of them).
         gradient_k: Calls that the gradient reaches (gradient=last_k).
         token_mixing: How positions exchange information: attention, mlp (over positions, as in TRM), or grid
             (fixed by the geometry of rows, columns and boxes, with a learned weight for each relation).
@@ -59,7 +62,7 @@ class CoreConfig:
     L_cycles: int = 2
     H_layers: int = 2
     L_layers: int = 2
-    gradient: Literal["one_step", "last_k", "full"] = "one_step"
+    gradient: Literal["auto", "one_step", "last_k", "full"] = "auto"
     gradient_k: int = 2
     token_mixing: Literal["attention", "mlp", "grid"] = "attention"
     positions: Literal["rope", "learned", "grid", "none"] = "rope"
@@ -81,6 +84,9 @@ class CoreConfig:
                 raise ValueError(f"core.{name} must be at least 1, not {getattr(self, name)}")
             if getattr(self, name) > _LARGEST_SIZE:
                 raise ValueError(f"core.{name} must be at most {_LARGEST_SIZE}, not {getattr(self, name)}")
+        if self.H_cycles * self.L_cycles > _MOST_CYCLES:
+            product = f"{self.H_cycles} * {self.L_cycles}"
+            raise ValueError(f"core.H_cycles * core.L_cycles must be at most {_MOST_CYCLES}, not {product}")
         for name in ("expansion", "rope_theta", "rms_norm_eps"):
             if not 0 < getattr(self, name) <= _LARGEST_NUMBER[name]:  # so that NaN is out as well
                 most = f"{_LARGEST_NUMBER[name]:g}"

@@ -10,7 +10,9 @@ Letters: B puzzles, S tokens, P prefix positions, D hidden size, V token values.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import weakref
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +44,13 @@ class Inputs(NamedTuple):
 
 
 class Level(nn.Module):
-    """f_L or f_H: adds the injection to the state, then runs its blocks."""
+    """A network of a core (f_L, f_H or the only one): its blocks in a row, (B, P + S, D) -> (B, P + S, D)."""
 
     def __init__(self, layers: list[Block]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, state: Tensor, injection: Tensor, rope, bias) -> Tensor:
-        x = state + injection
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         for layer in self.layers:
             x = layer(x, rope, bias)
         return x
@@ -59,13 +60,29 @@ class RecurrentCore(nn.Module):
     """Maps (tokens, state) to (state, logits); one call is one segment. The base of every core here.
 
     A subclass builds its networks in `build`, lists the calls of a segment in `calls` and runs one of them in `call`.
+    `config.kind` of an instance always names its own class.
     """
+
+    #: Short name, `core.kind`; a class that gives itself none goes by its import path.
+    kind: ClassVar[str] = ""
+    #: Every subclass that has been defined in this process, by its kind (`hrm_rl.core.registry`).
+    defined: ClassVar[weakref.WeakValueDictionary[str, type[RecurrentCore]]] = weakref.WeakValueDictionary()
 
     #: The calls of one segment in their order, by names that `call` knows.
     calls: tuple[str, ...]
 
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        path = f"{cls.__module__}.{cls.__qualname__}"
+        cls.kind = cls.__dict__.get("kind", path)
+        other = RecurrentCore.defined.get(cls.kind)
+        if other is not None and f"{other.__module__}.{other.__qualname__}" != path:
+            raise TypeError(f"core kind {cls.kind!r} is that of {other.__module__}.{other.__qualname__} already")
+        RecurrentCore.defined[cls.kind] = cls
+
     def __init__(self, config: CoreConfig, generator: torch.Generator | None = None):
         super().__init__()
+        config = config if config.kind == self.kind else replace(config, kind=self.kind)
         self.config = config
         c = config
         D = c.hidden_size
@@ -104,8 +121,13 @@ class RecurrentCore(nn.Module):
 
     @property
     def one_step(self) -> int:
-        """Calls that the 1-step gradient reaches: the last of each network."""
+        """Calls that the 1-step gradient reaches: the last of each name."""
         return len(set(self.calls))
+
+    @property
+    def published(self) -> int:
+        """Calls that the gradient reaches as this core was published (gradient=auto)."""
+        return self.one_step
 
     def level(self, layers: int, generator: torch.Generator | None) -> Level:
         """A network of `layers` blocks, as `config` has them."""
@@ -157,11 +179,14 @@ class RecurrentCore(nn.Module):
     def without_gradient(self) -> int:
         """How many calls of a segment, from its first on, run without gradient."""
         c = self.config
-        reached = {"one_step": self.one_step, "last_k": c.gradient_k, "full": len(self.calls)}[c.gradient]
+        every = len(self.calls)
+        reached = {"auto": self.published, "one_step": self.one_step, "last_k": c.gradient_k, "full": every}[c.gradient]
         return max(0, len(self.calls) - reached)
 
     def prefix(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> State:
         """The first calls of a segment, without gradient (with the 1-step gradient: all but the last of each level)."""
+        if not self.without_gradient:
+            return state
         with torch.no_grad():
             inputs = self.inputs(tokens, puzzle_ids)
             z_H, z_L = state
