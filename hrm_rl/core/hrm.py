@@ -56,12 +56,15 @@ class CoreConfig:
         H_layers: Blocks of the high-level module.
         L_layers: Blocks of the low-level module.
         token_mixing: How positions exchange information: attention, mlp (over positions, as in TRM), or grid
-            (fixed by the geometry of rows, columns and boxes, with a learned weight for each relation).
+            (fixed by the geometry of the grid, with a learned weight for each relation).
         positions: Positional information for attention: rope (rotary), learned (added to the embedding),
-            grid (a learned bias for each relation of two cells: same row, column, box), none.
+            grid (a learned bias for each relation of two cells), none.
+        geometry: How two cells of a grid are related, for grid mixing and positions: boxes (rows, columns, boxes),
+            neighbours (the cells around it), lines (rows, columns, diagonals), signs (rows, columns, the signs
+            between). The commands turn auto into the task's own; a core built with auto has boxes.
         rope_theta: Base of the rotary wavelengths.
         box: Rows and columns of a box, for grid positions; 0 0 picks the usual one for the side.
-        grid_strength: How strongly heads start out on rows, columns and boxes (grid mixing and positions).
+        grid_strength: How strongly heads start out on rows, columns and the like (grid mixing and positions).
         rms_norm_eps: Added to the mean square in the norm.
         puzzle_emb_ndim: Size of the puzzle embedding put in front; it takes ceil(ndim / hidden_size)
             prefix positions. 0: no prefix, and the Q-head reads the first token.
@@ -82,6 +85,7 @@ class CoreConfig:
     L_layers: int = 2
     token_mixing: Literal["attention", "mlp", "grid"] = "attention"
     positions: Literal["rope", "learned", "grid", "none"] = "rope"
+    geometry: Literal["auto", "boxes", "neighbours", "lines", "signs"] = "auto"
     rope_theta: float = 10000.0
     box: tuple[int, int] = (0, 0)
     grid_strength: float = 4.0
@@ -179,7 +183,7 @@ class HRMCore(nn.Module):
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         if c.positions == "grid" and c.token_mixing == "attention":
-            self.grid_bias = GridBias(c.num_heads, *c.grid, c.prefix_len, c.grid_strength)
+            self.grid_bias = GridBias(c.num_heads, *c.grid, c.prefix_len, c.grid_strength, c.geometry)
         self.H_level = self._level(c.H_layers, generator)
         self.L_level = self._level(c.L_layers, generator)
         self.lm_head = Linear(D, c.vocab_size, generator)
@@ -203,7 +207,8 @@ class HRMCore(nn.Module):
         if c.token_mixing == "mlp":
             inner = swiglu_width(self.num_positions, c.expansion, c.inner_multiple)
             return SwiGLU(self.num_positions, inner, generator)  # over positions, features as batch
-        return GridMixing(c.hidden_size, c.num_heads, *c.grid, c.prefix_len, c.grid_strength, generator)
+        sizes = c.hidden_size, c.num_heads, *c.grid, c.prefix_len, c.grid_strength
+        return GridMixing(*sizes, generator, c.geometry)
 
     def initial_state(self, batch_size: int) -> State:
         """The fixed initial states, (batch_size, P + S, D) each, without copying them."""
