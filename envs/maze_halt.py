@@ -5,9 +5,9 @@ from __future__ import annotations
 from envs.single import HaltEnv, documented
 from envs.vector import HaltVectorEnv
 
-_RULES = """A grid of walls and free cells with a start and a goal: the answer marks every cell of the shortest way between
-them. The mazes that ship or are generated have one shortest way; of a file's maze with several, the one that the
-file gives is the right answer (as the public set is scored)."""
+_RULES = """A grid of walls and free cells with a start and a goal: the answer marks every cell of the shortest way
+between them. The mazes that ship or are generated have one shortest way; of a file's maze with several, the one
+that the file gives is the right answer (as the public set is scored)."""
 
 
 class MazeHaltEnv(HaltEnv):

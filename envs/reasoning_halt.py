@@ -14,8 +14,8 @@ _NONE = "None: there are no givens to show more of"
 class NQueensHaltEnv(HaltEnv):
     __doc__ = documented(
         "NQueensHalt-v0", "a board with some of n queens on it",
-        """The rest of the n queens must be put on the board so that no two share a row, a column or a diagonal. Only boards
-that can be completed in exactly one way are used, so that there is one right answer.""",
+        """The rest of the n queens must be put on the board so that no two share a row, a column or a diagonal. Only
+boards that can be completed in exactly one way are used, so that there is one right answer.""",
         "side of the board: 4 to 10", 8, symmetries=": the 8 of the square", clues=_NONE,
     )  # fmt: skip
     task = "n_queens"
@@ -29,8 +29,8 @@ class NQueensHaltVectorEnv(HaltVectorEnv):
 class FutoshikiHaltEnv(HaltEnv):
     __doc__ = documented(
         "FutoshikiHalt-v0", "a Futoshiki",
-        """A Latin square of side n with some digits given and some signs between cells that say which of the two is larger.
-The grid of tokens has side 2n - 1: a sign is a token between two cells. A puzzle has exactly one solution.""",
+        """A Latin square of side n with some digits given and some signs between cells that say which of the two is
+larger. The grid of tokens has side 2n - 1: a sign is a token between two cells. A puzzle has exactly one solution.""",
         "side of the square: 4 to 9", 4,
         symmetries=": the 8 of the square with the signs turned, digits counted from above with the signs reversed",
     )  # fmt: skip

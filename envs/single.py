@@ -126,9 +126,9 @@ class HaltEnv(gym.Env[np.ndarray, int]):
         render_mode: str | None = None,
     ):  # fmt: skip
         self._problem = make_problem(
-            1, task=self.task, size=size, data=data, split=split, core=core, max_steps=max_steps, observation=observation,
-            flatten=flatten, ponder_cost=ponder_cost, augment=augment, clues=clues, device=device, q_head=q_head,
-            render_mode=render_mode, differentiable=False,
+            1, task=self.task, size=size, data=data, split=split, core=core, max_steps=max_steps,
+            observation=observation, flatten=flatten, ponder_cost=ponder_cost, augment=augment, clues=clues,
+            device=device, q_head=q_head, render_mode=render_mode, differentiable=False,
         )  # fmt: skip
         self.render_mode = render_mode
         self.max_steps = self.engine.max_steps

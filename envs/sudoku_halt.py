@@ -5,7 +5,8 @@ from __future__ import annotations
 from envs.single import HaltEnv, documented
 from envs.vector import HaltVectorEnv
 
-_RULES = """A grid of digits, some given: every row, column and box holds each digit once. A puzzle has exactly one solution."""
+_RULES = """A grid of digits, some given: every row, column and box holds each digit once. A puzzle has exactly one
+solution."""
 
 
 class SudokuHaltEnv(HaltEnv):

@@ -89,8 +89,8 @@ def make_file(
         rate = f"{seconds:.1f} s ({len(rows.ratings) / seconds:,.0f} a second)"
         low, mean, high = rows.ratings.min(), rows.ratings.mean(), rows.ratings.max()
         return (
-            f"{len(rows.ratings):,} puzzles of the task {task}, side {spec.side}, in {rate}, rating {low:g} to {high:g} "
-            f"(mean {mean:.1f}): {path}"
+            f"{len(rows.ratings):,} puzzles of the task {task}, side {spec.side}, in {rate}, "
+            f"rating {low:g} to {high:g} (mean {mean:.1f}): {path}"
         )
     clues = (rows.questions > 0).sum(1)
     kind = "minimal " if spec.is_minimal else ""

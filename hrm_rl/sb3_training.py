@@ -160,7 +160,8 @@ class SB3Trainer:
 
     def model(self, meta: dict | None = None) -> bytes:
         """The model file's content: the core and SB3's policy, as tensors."""
-        own = {"max_steps": self.config.max_steps, "bootstrap": self.config.bootstrap, **self._meta(), **made_for(self.puzzles)}
+        own = {"max_steps": self.config.max_steps, "bootstrap": self.config.bootstrap, **self._meta()}
+        own |= made_for(self.puzzles)
         return model_bytes(self.core, None, own | (meta or {}), self.agent)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:

@@ -264,7 +264,7 @@ class Trainer:
     def _decide(self, slots: Slots) -> tuple[View, Tensor | None, Tensor]:
         reaches_core = self.config.q_to_core and self.learns_core
         z_H = slots.z_H if reaches_core else slots.z_H.detach()
-        view = view_of(slots, z_H)
+        view = view_of(slots, z_H, self.engine.task.open_token)
         q_logits = self.agent.scores(view.z_H)
         seen = None if q_logits is None else q_logits.detach()
         actions, fault = decide(self.agent, view, seen, where=f"update {self.step + 1}", explore=True)

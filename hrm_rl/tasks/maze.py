@@ -114,7 +114,7 @@ class Maze:
         return undo_symmetry(*_symmetries(self.side).draw(key), tokens)
 
     def is_consistent(self, tokens: Tensor) -> Tensor:
-        """(B, S) -> (B,) bool: at most one start and goal, and no cell of the way with more than two neighbours on it."""
+        """(B, S) -> (B,) bool: at most one start and goal, no cell of the way with more than two neighbours on it."""
         start, goal = ((tokens == place + 1).sum(1) for place in (START, GOAL))
         grid = torch.nn.functional.pad((tokens > FREE + 1).unflatten(1, self.shape).int(), (1, 1, 1, 1))
         beside = grid[:, 2:, 1:-1] + grid[:, :-2, 1:-1] + grid[:, 1:-1, 2:] + grid[:, 1:-1, :-2]

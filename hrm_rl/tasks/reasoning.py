@@ -1,4 +1,4 @@
-"""Grid tasks of reasoning-gym (Stojanovski et al., arXiv:2505.24760) as tasks of ours: n_queens, futoshiki, mini_sudoku.
+"""Grid tasks of reasoning-gym (arXiv:2505.24760) as tasks of ours: n_queens, futoshiki, mini_sudoku.
 
 reasoning-gym states a puzzle as text and scores a text as the answer. Here both texts become grids of characters of one
 shape, the tokens; an item is taken over only where reasoning-gym itself scores the answer made back from our grid with
@@ -45,6 +45,8 @@ def _check(spec: Any, sides: Any) -> None:
         raise UserError(f"count must be at least 1, not {spec.count}")
     if not 0 <= spec.seed < 1 << 31:
         raise UserError(f"seed must be 0 to 2^31 - 1, not {spec.seed}")
+    if spec.grid_classes < 0:
+        raise UserError(f"grid_classes must not be negative, not {spec.grid_classes}")
 
 
 def _check_range(spec: Any, low: str, high: str, least: int, most: int) -> None:
@@ -62,15 +64,26 @@ def _collect(
     """The first `spec.count` different puzzles of `items` (question, answer, rating) whose form is not excluded."""
     characters = task(spec.side).characters
     place = {character: index for index, character in enumerate(characters)}
-    excluded, seen, rows, since = frozenset(exclude), set(), [], 0
+    excluded, allowed, seen, rows, since = frozenset(exclude), set(), set(), [], 0
+
+    def accept(question: str, grids: list[np.ndarray]) -> bool:
+        if question in seen:
+            return False
+        if excluded or spec.grid_classes:
+            form = task.form(*grids)
+            if form in excluded or (spec.grid_classes and form not in allowed and len(allowed) == spec.grid_classes):
+                return False
+            allowed.add(form)
+        seen.add(question)
+        return True
+
     for question, answer, rating in items:
         grids = [np.array([place[c] for c in text], np.uint8) for text in (question, answer)]
-        if question in seen or (excluded and task.form(*grids) in excluded):
+        if not accept(question, grids):
             since += 1
             if since == _MAX_ATTEMPTS:
                 break
             continue
-        seen.add(question)
         rows.append((*grids, rating))
         since = 0
         if progress is not None:
@@ -79,8 +92,8 @@ def _collect(
             break
     if len(rows) < spec.count:
         raise UserError(
-            f"after {len(rows)} of {spec.count} puzzles of the task {task.name}, {_MAX_ATTEMPTS:,} items held no further "
-            "one; ask for a wider range or fewer puzzles"
+            f"after {len(rows)} of {spec.count} puzzles of the task {task.name}, {_MAX_ATTEMPTS:,} items held no "
+            "further one; ask for a wider range or fewer puzzles"
         )
     questions, answers, ratings = zip(*rows, strict=True)
     sources = (f"reasoning-gym-{task.name}",) * spec.count
@@ -110,6 +123,8 @@ class NQueensSpec:
         min_removed: Fewest queens to put back.
         max_removed: Most queens to put back; nothing: all but one.
         seed: Fixes the result.
+        grid_classes: Draw the solutions from no more than this many that differ up to symmetry (0: no limit), so that
+            another set can be made from the others.
     """
 
     side: int = 8
@@ -117,6 +132,7 @@ class NQueensSpec:
     min_removed: int = 1
     max_removed: int | None = None
     seed: int = 0
+    grid_classes: int = 0
 
     def __post_init__(self) -> None:
         _check(self, NQueens.sides)
@@ -279,6 +295,8 @@ class FutoshikiSpec:
         min_difficulty: Least of reasoning-gym's difficulties, 0 to 3.
         max_difficulty: Largest of them.
         seed: Fixes the result.
+        grid_classes: Draw the solutions from no more than this many that differ up to symmetry (0: no limit), so that
+            another set can be made from the others.
     """
 
     side: int = 4
@@ -286,6 +304,7 @@ class FutoshikiSpec:
     min_difficulty: int = 0
     max_difficulty: int = 3
     seed: int = 0
+    grid_classes: int = 0
 
     def __post_init__(self) -> None:
         _check(self, Futoshiki.sides)
@@ -370,12 +389,12 @@ class Futoshiki:
                     good &= (grid != 0) | (kind != 0)
                 if not good.all():
                     where = _where(int(good.argmin()), self.shape)
-                    return index, f"the {word} has a character that has no place at {where} (digits, signs between them)"
+                    return index, f"the {word} has a character that has no place at {where} (digits, signs between)"
             kept = (question == answer) | ((question == 0) & (kind == 0))
             if not kept.all():
                 return index, f"the answer contradicts the question at {_where(int(kept.argmin()), self.shape)}"
             if not _is_consistent(answer[None].astype(int), n)[0]:
-                return index, "the answer breaks the rules: a digit twice in a row or column, or a sign that is not kept"
+                return index, "the answer breaks the rules: a digit twice in a line, or a sign that is not kept"
             if check_unique and _solutions(question, n) != 1:
                 return index, "the question has more than one solution"
         return None
@@ -525,6 +544,8 @@ class MiniSudokuSpec:
         min_empty: Fewest blanks.
         max_empty: Most blanks.
         seed: Fixes the result.
+        grid_classes: Draw the solutions from no more than this many that differ up to symmetry (0: no limit), so that
+            another set can be made from the others.
     """
 
     side: int = 4
@@ -532,6 +553,7 @@ class MiniSudokuSpec:
     min_empty: int = 8
     max_empty: int = 12
     seed: int = 0
+    grid_classes: int = 0
 
     def __post_init__(self) -> None:
         _check(self, MiniSudoku.sides)
