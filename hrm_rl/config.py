@@ -6,6 +6,7 @@ resolved configuration is written beside the checkpoints.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -248,8 +249,11 @@ class TrainConfig:
 def task_of_env(env: str) -> str:
     """The task of a registered environment. UserError for an id that is not registered or cannot be loaded."""
     try:
-        return getattr(load_env_creator(gym.spec(env).entry_point), "task", DEFAULT_TASK)
-    except (gym.error.Error, ModuleNotFoundError, AttributeError, ValueError, TypeError) as error:
+        module, _, name = env.rpartition(":")
+        if module:  # "my_task:MyHalt-v0": importing the module registers the id
+            importlib.import_module(module)
+        return getattr(load_env_creator(gym.spec(name).entry_point), "task", DEFAULT_TASK)
+    except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"env {env!r} cannot be made: {error}{near_environment(env)}") from error
 
 

@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.ensemble import MOST_COPIES, ensemble_line, ensemble_report, solve_ensemble
+    from hrm_rl.tasks import task_class
     from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
@@ -72,7 +73,10 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} must be between {low} and {high}, not {options[name]}")
     if options.copies is not None and options.ensemble == "none":
         raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
-    loaded = load_core(options.run)
+    packaged = {}
+    if options.run is None and options.task != "auto":
+        packaged = {"task": options.task, "size": task_class(options.task).default_side}
+    loaded = load_core(options.run, **packaged)
     core = in_dtype(HRMCore, loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
@@ -125,7 +129,7 @@ def task_of(loaded, asked: str = "auto") -> tuple[str, int]:
         if config.vocab_size == side + 2 and config.seq_len == side**2:  # whether or not there is such a Sudoku
             return DEFAULT_TASK, side
         return task_of_core(config.vocab_size, config.seq_len)
-    if asked == "auto" and noted not in TASKS:
+    if asked == "auto" and not (isinstance(noted, str) and noted in TASKS):
         raise UserError(f"{loaded.source}: was trained on the task {noted!r}, which is no short name and must be asked "
                         f"for: --task {noted}")  # fmt: skip
     name = noted if asked == "auto" else asked

@@ -34,8 +34,8 @@ def build_parser(task: str = DEFAULT_TASK):
     parser.add_argument("--overwrite", action="store_true", help="Replace the file where it exists.")
     parser.add_argument(
         "--exclude_grids_of", type=str, nargs="+", default=[],
-        help="CSV files whose solution grids (of mazes: walls) may not occur, not even up to symmetry (a test set, "
-        "say).",
+        help="CSV files whose solution grids (of mazes: whose mazes) may not occur, not even up to symmetry (a "
+        "test set, say).",
     )  # fmt: skip
     return parser
 

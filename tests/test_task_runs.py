@@ -146,7 +146,8 @@ def test_settings_that_do_not_fit_the_task(values, message):
 
 def test_the_task_decides_what_is_left_open():
     default = TrainConfig.from_values({})
-    assert (default.task, default.size, default.core.geometry, default.curriculum) == ("sudoku", 9, "auto", (0.62, 0.74))
+    found = default.task, default.size, default.core.geometry, default.curriculum
+    assert found == ("sudoku", 9, "auto", (0.62, 0.74))
     maze = TrainConfig.from_values({"env": "MazeHalt-v0"})
     assert (maze.size, maze.core.seq_len, maze.core.vocab_size, maze.curriculum) == (10, 100, 6, (0, 0))
     assert maze.core.geometry == "neighbours" and TrainConfig.from_values(maze.to_values()) == maze

@@ -104,13 +104,14 @@ def load_puzzles(
     task: what the puzzles are; None takes it from the name, and Sudoku for a file.
     Raises UserError, one line, "file:line: reason"."""
     text = str(source)
+    named = _named(text, task)
     if side is not None:
-        check_side(task_class(task or DEFAULT_TASK if _named(text) is None else _named(text)[0]).sides, side)
+        check_side(task_class(named[0] if named else task or DEFAULT_TASK).sides, side)
     if text.startswith("hf:/"):  # a Path turns // into /
         path = _from_hub("hf://" + text[3:].lstrip("/"), split)
     elif text.endswith((".csv", ".csv.gz")):
         path = Path(text).expanduser()
-    elif (named := _named(text)) is not None:
+    elif named is not None:
         if task not in (None, named[0]):
             raise UserError(f"{text} holds puzzles of the task {named[0]}, not {task}")
         if split not in SPLITS:
@@ -132,10 +133,12 @@ def load_puzzles(
     return from_rows(read_csv(path, side, limit, check_unique, task), shown, task, side)
 
 
-def _named(text: str) -> tuple[str, int] | None:
-    """("maze", 10) of "maze-10"; None for anything else, and where no such set ships nor can be made."""
+def _named(text: str, task: str | None) -> tuple[str, int] | None:
+    """("maze", 10) of "maze-10"; None for anything else, and where no such set ships nor can be made.
+
+    Of tasks without a short name that of `task` alone is known."""
     name, _, side = text.rpartition("-")
-    if name not in TASKS or not side.isdecimal() or int(side) not in task_class(name).sides:
+    if name not in (*TASKS, task) or not side.isdecimal() or int(side) not in task_class(name).sides:
         return None
     return (name, int(side)) if text in SHIPPED or hasattr(task_class(name), "generate") else None
 

@@ -185,9 +185,9 @@ class Maze:
 
     @staticmethod
     def form(question: np.ndarray, answer: np.ndarray) -> bytes:
-        """The walls up to symmetry, wherever start and goal are: (S,) places -> S bytes."""
+        """The maze up to symmetry, start and goal included: (S,) places -> S bytes."""
         side = round(len(question) ** 0.5)
-        return min(image.tobytes() for image in _symmetries(side).images((question == WALL).astype(np.uint8)))
+        return min(image.astype(np.uint8).tobytes() for image in _symmetries(side).images(question))
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """What a task is, and how one is found.
 
-A new task is one file: a class with the members of `Task`, its name in TASKS or named by its import path
-("my_package.my_file.MyTask"), and an id registered for it (envs/README of `envs.single`). Nothing else names it.
+A new task is one file: a class with the members of `Task`, named by its import path ("my_package.my_file.MyTask") or
+by a short name in TASKS, and an environment of two lines for it (docs/TASKS.md). Nothing else names it.
 """
 
 from __future__ import annotations

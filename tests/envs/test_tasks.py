@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,12 +14,12 @@ from task_testing import problem_of, puzzles_of, tiny_core
 
 from agents import view_of
 from agents.signals import free_cells
-from envs import CONTINUE, HALT, HaltEnv, HaltVectorEnv, MazeHaltEnv, MazeHaltVectorEnv
+from envs import CONTINUE, HALT, MazeHaltEnv, MazeHaltVectorEnv
 from hrm_rl.config import TrainConfig
 from hrm_rl.core import HRMCore
 from hrm_rl.core.counting import CountingCore
 from hrm_rl.errors import UserError
-from hrm_rl.tasks import PuzzleSet, Task, get_task, task_class
+from hrm_rl.tasks import PuzzleSet, Task, get_task, load_puzzles, task_class
 from hrm_rl.tasks.registry import TASKS, task_of_core
 
 OTHERS = ("MazeHalt-v0", "NQueensHalt-v0", "FutoshikiHalt-v0", "MiniSudokuHalt-v0")
@@ -147,38 +148,28 @@ def test_a_core_without_a_note_shows_its_task_by_its_sizes():
         task_of_core(6, 17)
 
 
-OWN = """
-from hrm_rl.tasks.maze import Maze
-
-
-class SmallMaze(Maze):
-    sides = range(5, 7)
-    default_side = 6
-"""
-
-
-def test_a_task_of_ones_own_is_one_class_and_one_id(monkeypatch, tmp_path):
-    (tmp_path / "my_task.py").write_text(OWN)
+def test_a_task_of_ones_own_is_one_file(monkeypatch, tmp_path):
+    """The one that docs/TASKS.md shows."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "TASKS.md").read_text()
+    (tmp_path / "my_task.py").write_text(re.search(r"```python\n(# my_task.py\n.*?)```", text, re.DOTALL)[1])
     monkeypatch.syspath_prepend(tmp_path)
-
-    class OwnEnv(HaltEnv):
-        task = "my_task.SmallMaze"
-
-    class OwnVectorEnv(HaltVectorEnv):
-        task = "my_task.SmallMaze"
-
-    spec = gym.envs.registration.EnvSpec(id="Own-v0", entry_point=OwnEnv, vector_entry_point=OwnVectorEnv)
-    monkeypatch.setitem(gym.registry, "Own-v0", spec)
     maze = puzzles_of("MazeHalt-v0")
     own = PuzzleSet("my_task.SmallMaze", 6, maze.questions, maze.answers, maze.ratings, maze.sources, "own")
-    envs = gym.make_vec("Own-v0", num_envs=2, data=own, core=HRMCore(tiny_core(maze)))
-    envs.reset(seed=0)
-    assert envs.unwrapped.engine.task.sides == range(5, 7)
-    config = TrainConfig.from_values({"env": "Own-v0"})
-    assert (config.task, config.size, config.core.seq_len) == ("my_task.SmallMaze", 6, 36)
-    assert config.core.geometry == "neighbours" and config.curriculum == (0, 0)
-    with pytest.raises(UserError, match="size must be 5 to 6, not 9"):
-        TrainConfig.from_values({"env": "Own-v0", "size": 9})
+    try:
+        config = TrainConfig.from_values({"env": "my_task:SmallMazeHalt-v0"})
+        envs = gym.make_vec("my_task:SmallMazeHalt-v0", num_envs=2, data=own, core=HRMCore(tiny_core(maze)))
+        envs.reset(seed=0)
+        assert envs.unwrapped.engine.task.sides == range(5, 9)
+        assert (config.task, config.size, config.core.seq_len) == ("my_task.SmallMaze", 8, 64)
+        assert config.core.geometry == "neighbours" and config.curriculum == (0, 0)
+        made = load_puzzles("my_task.SmallMaze-8", split="test", limit=3, task="my_task.SmallMaze")
+        assert (made.task, made.side, len(made)) == ("my_task.SmallMaze", 8, 3)
+        with pytest.raises(UserError, match="size must be 5 to 8, not 9"):
+            TrainConfig.from_values({"env": "my_task:SmallMazeHalt-v0", "size": 9})
+        with pytest.raises(UserError, match="holds puzzles of the task maze, not my_task.SmallMaze"):
+            gym.make("SmallMazeHalt-v0", data=maze, core=HRMCore(tiny_core(maze)))
+    finally:
+        gym.registry.pop("SmallMazeHalt-v0", None)
 
 
 def test_unknown_tasks_are_named():

@@ -99,12 +99,12 @@ def test_a_small_set_is_the_beginning_of_a_large_one():
     assert (small.questions == large.questions[:5]).all() and (small.questions != other.questions).any()
 
 
-def test_excluded_walls_do_not_come_back():
-    first = Maze.generate(MazeSpec(side=5, count=40, loops=0.0, min_length=2))
+def test_excluded_mazes_do_not_come_back():
+    first = Maze.generate(MazeSpec(side=5, count=300, loops=0.0, min_length=2))
     forms = {Maze.form(q, a) for q, a in zip(first.questions, first.answers, strict=True)}
-    rest = Maze.generate(MazeSpec(side=5, count=40, loops=0.0, min_length=2, seed=1), forms)
+    rest = Maze.generate(MazeSpec(side=5, count=300, loops=0.0, min_length=2, seed=1), forms)
     assert not forms & {Maze.form(q, a) for q, a in zip(rest.questions, rest.answers, strict=True)}
-    again = Maze.generate(MazeSpec(side=5, count=40, loops=0.0, min_length=2, seed=1))  # negative control
+    again = Maze.generate(MazeSpec(side=5, count=300, loops=0.0, min_length=2, seed=1))  # negative control
     assert forms & {Maze.form(q, a) for q, a in zip(again.questions, again.answers, strict=True)}
 
 
@@ -182,7 +182,7 @@ def test_the_public_schema_is_read(tmp_path):
     assert (puzzles.task, puzzles.side, puzzles.seq_len, puzzles.vocab_size) == ("maze", 5, 25, 6)
     assert puzzles.questions[0].tolist() == [" # SGo".index(c) if c != " " else 2 for c in QUESTION]
     assert puzzles.ratings.tolist() == [111, 3] and set(puzzles.answers.unique().tolist()) == {1, 3, 4, 5}
-    assert puzzles.clues.tolist() == [16, 16]  # walls and ends; every free cell is on the way or may be
+    assert puzzles.clues.tolist() == [14, 14]  # walls and ends; every free cell is on the way or may be
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz"])
@@ -227,7 +227,7 @@ def test_sizes_that_are_no_square_are_refused(tmp_path):
 
 
 def test_of_several_shortest_ways_the_files_own_counts(tmp_path):
-    one, other = "S    o    o    o    ooooG", "SooooX   oX   oX   oX   G".replace("X", "")
+    one, other = "S    " "o    " "o    " "o    " "ooooG", "Soooo" "    o" "    o" "    o" "    G"
     question = "S" + " " * 23 + "G"
     path = write(tmp_path / "a.csv", f"m,{question},{one},1", f"m,{question},{other},1")
     puzzles = load_puzzles(path, task="maze", check_unique=True)
@@ -263,6 +263,7 @@ def test_the_readme_makes_the_shipped_files(tmp_path, monkeypatch):
 def test_other_sizes_are_made_on_the_spot():
     train, test = (load_puzzles("maze-6", split=split) for split in ("train", "test"))
     assert (len(train), len(test), train.side) == (4000, 1000, 6)
+    assert len(load_puzzles("maze-5")) == 4000  # the smallest there are
     assert load_puzzles("maze-6", split="test", limit=3).sha256 == test.select(torch.arange(3)).sha256
 
 
