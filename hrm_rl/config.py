@@ -252,7 +252,8 @@ def task_of_env(env: str) -> str:
         module, _, name = env.rpartition(":")
         if module:  # "my_task:MyHalt-v0": importing the module registers the id
             importlib.import_module(module)
-        return getattr(load_env_creator(gym.spec(name).entry_point), "task", DEFAULT_TASK)
+        entry = gym.spec(name).entry_point
+        return getattr(load_env_creator(entry) if isinstance(entry, str) else entry, "task", DEFAULT_TASK)
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"env {env!r} cannot be made: {error}{near_environment(env)}") from error
 

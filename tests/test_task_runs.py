@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
@@ -100,9 +101,10 @@ def test_compare_and_ensembles_know_the_task(tmp_path):
     core, head = HRMCore(tiny_core(puzzles), torch.Generator().manual_seed(0)), QHead(16)
     path = tmp_path / "maze.safetensors"
     path.write_bytes(model_bytes(core, head, {"max_steps": 2, "task": "maze", "size": 6}))
-    words = [str(path), "--agents", "confidence_min", "fixed", "--limit", "12", "--validation-limit", "12",
-             "--resamples", "20", "--max-steps", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]  # fmt: skip
-    assert compare.main(words) == 0
+    loaded = load_core(path)
+    options = SimpleNamespace(data="", limit=12, validation="", validation_limit=15)
+    test, validation = compare._puzzles(options, loaded, loaded.core)
+    assert (test.task, len(test), validation.task, len(validation)) == ("maze", 12, "maze", 15)
     agent = QHaltingAgent(16, max_steps=2)
     shown, _ = relabelled(puzzles, 3)
     assert shown.rules.first_fault(*((t - 1).numpy() for t in (shown.questions, shown.answers)), True) is None

@@ -118,7 +118,7 @@ def test_arguments_of_another_task_are_refused():
 def test_size_follows_the_core():
     core = HRMCore(tiny_core(puzzles_of("FutoshikiHalt-v0")))
     assert gym.make("FutoshikiHalt-v0", core=core).unwrapped.engine.puzzles.side == 4
-    with pytest.raises(UserError, match="core: made for seq_len 49, but puzzles of side 10 .* need 100"):
+    with pytest.raises(UserError, match="core: made for vocab_size 11, but puzzles of side 7 .maze-7 .train.. need 6"):
         MazeHaltEnv(core=core)
 
 

@@ -82,11 +82,7 @@ def test_every_item_has_exactly_one_answer(name):
     assert task.first_fault(*rows[:2], True) is None
     emptied = rows.questions[:1].copy()  # negative control: without its givens a puzzle has many answers
     emptied[emptied <= (task.side if name != "n_queens" else 1)] = 0
-    text = "".join(task.characters[place] for place in emptied[0])
-    if name == "futoshiki":  # keeps its signs
-        text = re.sub(r"[<>^v]", " ", text)
-        emptied[0] = [task.characters.index(c) for c in text]
-    assert solutions(name, text) > 1
+    assert solutions(name, "".join(task.characters[place] for place in emptied[0])) > 1
     assert "more than one solution" in task.first_fault(emptied, rows.answers[:1], True)[1]
 
 
