@@ -85,6 +85,7 @@ def test_from_the_command_to_the_report_and_back(env_id, tmp_path, capsys):
     assert env.unwrapped.max_steps == 2 and env.reset(seed=0)[0].shape == env.observation_space.shape
 
 
+@pytest.mark.slow
 def test_resumed_mazes_are_those_of_a_run_in_one_piece(tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL.replace("total_steps: 4", "total_steps: 8"))
     flags = ["--config", str(tmp_path / "small.yaml"), "--env", "MazeHalt-v0", "--out", str(tmp_path),
