@@ -255,7 +255,9 @@ def _side_of(question: str, task: str) -> int:
     if len(question) in sizes:
         return sizes[len(question)]
     *most, last = map(str, sizes)
-    known = f"{', '.join(most)} or {last}" if len(sizes) < 8 else f"{most[0]}, {most[1]}, {most[2]}, ... or {last}"
+    if len(most) > 6:
+        most[3:] = ["..."]
+    known = f"{', '.join(most)} or {last}" if most else last
     raise _Fault(f"the question must have {known} cells, not {len(question)}")
 
 
