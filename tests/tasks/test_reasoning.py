@@ -6,6 +6,7 @@ import itertools
 import re
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,14 @@ def made(name: str, count: int = 12, **options):
     return kind(kind.default_side), kind.generate(kind.spec(count=count, **options))
 
 
+@cache
+def queens() -> np.ndarray:
+    """The columns of all solutions of eight queens, (92, 8)."""
+    boards, steps = np.array(list(itertools.permutations(range(8)))), np.arange(8)
+    return boards[[len({*(b + steps)}) == 8 == len({*(b - steps)}) for b in boards]]
+
+
+@cache
 def latin(side: int) -> np.ndarray:
     """All Latin squares of a side, (N, side, side)."""
     rows = list(itertools.permutations(range(1, side + 1)))
@@ -57,11 +66,8 @@ def kept_by(signs: np.ndarray, squares: np.ndarray) -> np.ndarray:
 def solutions(name: str, text: str) -> int:
     """How many answers a question of the default side has, by trying all boards there are."""
     if name == "n_queens":
-        boards = np.array(list(itertools.permutations(range(8))))
-        steps = np.arange(8)
-        boards = boards[[len({*(b + steps)}) == 8 == len({*(b - steps)}) for b in boards]]
         given = [line.find("Q") for line in re.findall("." * 8, text)]
-        return sum(all(g in (-1, column) for g, column in zip(given, board, strict=True)) for board in boards)
+        return sum(all(g in (-1, column) for g, column in zip(given, board, strict=True)) for board in queens())
     if name == "futoshiki":
         squares, signs = latin(4), np.array(list(text)).reshape(7, 7)
         given = np.array([0 if c == "." else int(c) for c in signs[::2, ::2].ravel()]).reshape(4, 4)
