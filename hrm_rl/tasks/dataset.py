@@ -97,8 +97,8 @@ def load_puzzles(
 ) -> PuzzleSet:
     """Read and check a set of puzzles.
 
-    source: "TASK-SIDE" ("sudoku-9", "maze-10": ships with the package, or is made on the spot, always the same), a
-    path that ends in .csv or .csv.gz, or "hf://owner/name" (the file {split}.csv of a dataset on the Hub).
+    source: "TASK-SIDE" ("sudoku-9", "maze-10": ships with the package; mazes of other sides are made on the spot,
+    always the same), a path that ends in .csv or .csv.gz, or "hf://owner/name" (the file {split}.csv of a dataset on the Hub).
     side: the side it must have; None takes what the file holds. split: "train" or "test" (not for a path).
     limit: read no more than the first so many. check_unique: also refuse puzzles with several solutions.
     task: what the puzzles are; None takes it from the name, and Sudoku for a file.
@@ -119,6 +119,9 @@ def load_puzzles(
         if side not in (None, named[1]):
             raise UserError(f"{text} holds puzzles of side {named[1]}, not {side}")
         task = named[0]
+        if text not in SHIPPED and not task_class(task).quick:
+            command = f"python -m hrm_rl.generate --task {task} --side {named[1]} --count 5000 --out FILE.csv"
+            raise UserError(f"no set ships for {text}: make one ({command}) and name it as the data")
         if text not in SHIPPED:
             return _made(*named, split, limit)
         path = _DATA / f"{text}-{split}.csv.gz"
@@ -140,7 +143,7 @@ def _named(text: str, task: str | None) -> tuple[str, int] | None:
     name, _, side = text.rpartition("-")
     if name not in (*TASKS, task) or not side.isdecimal() or int(side) not in task_class(name).sides:
         return None
-    return (name, int(side)) if text in SHIPPED or hasattr(task_class(name), "generate") else None
+    return (name, int(side)) if text in SHIPPED or hasattr(task_class(name), "quick") else None
 
 
 def _made(task: str, side: int, split: str, limit: int | None) -> PuzzleSet:

@@ -79,6 +79,7 @@ class Maze:
     open_token: ClassVar[int] = FREE + 1
     vocab_size: ClassVar[int] = len(CHARACTERS) + 1
     spec: ClassVar[type] = MazeSpec
+    quick: ClassVar[bool] = True
 
     side: int = 10
 

@@ -5,8 +5,8 @@ shape, the tokens; an item is taken over only where reasoning-gym itself scores 
 1.0, and where it is the only right one: several queens may complete a board (`valid_answers`), and exact match with
 one of them would call the others wrong, so such boards are left out.
 
-The sets that ship were made by the commands in data/README.md and need no reasoning-gym; `generate` does
-(pip install "hrm_rl[reasoning]").
+The sets that ship were made by the commands in data/README.md and need no reasoning-gym; making others does
+(pip install "hrm_rl[reasoning]"; `python -m hrm_rl.generate --task futoshiki ...`), at some ten to a hundred a second.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ class NQueens:
     open_token: ClassVar[int] = 1
     vocab_size: ClassVar[int] = 3
     spec: ClassVar[type] = NQueensSpec
+    quick: ClassVar[bool] = False
 
     side: int = 8
 
@@ -326,6 +327,7 @@ class Futoshiki:
     aliases: ClassVar[dict[str, str]] = {"_": ".", "0": "."}
     open_token: ClassVar[int] = 1
     spec: ClassVar[type] = FutoshikiSpec
+    quick: ClassVar[bool] = False
 
     side: int = 4
 
@@ -569,6 +571,7 @@ class MiniSudoku(Sudoku):
     default_side: ClassVar[int] = 4
     aliases: ClassVar[dict[str, str]] = {"0": ".", "_": "."}
     spec: ClassVar[type] = MiniSudokuSpec
+    quick: ClassVar[bool] = False
 
     side: int = 4
 

@@ -80,6 +80,7 @@ class Makes(Protocol):
     """What `hrm_rl.generate` and sets that do not ship ask of a task besides."""
 
     spec: ClassVar[type]  # a frozen dataclass: side, count, seed and what else can be asked for
+    quick: ClassVar[bool]  # whether thousands take seconds, so that a set that does not ship is made where it is needed
 
     @staticmethod
     def generate(spec: Any, exclude: Collection[bytes] = (), progress: Callable[[int], None] | None = None) -> Any:

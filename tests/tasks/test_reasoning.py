@@ -208,12 +208,10 @@ def test_the_sets_that_ship_share_no_solution(name):
 def test_without_the_package_the_sets_that_ship_load_and_one_line_says_what_others_need(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert len(load_puzzles("futoshiki-4", split="test", limit=5)) == 5
-    for ask in (
-        lambda: load_puzzles("futoshiki-5"),
-        lambda: generate.main(["--task", "n_queens", "--count", "3", "--out", str(tmp_path / "x.csv")]),
-    ):
-        with pytest.raises(UserError, match=r"reasoning-gym is not installed .pip install .hrm_rl\[reasoning\]"):
-            ask()
+    with pytest.raises(UserError, match=r"reasoning-gym is not installed .pip install .hrm_rl\[reasoning\]"):
+        generate.main(["--task", "n_queens", "--count", "3", "--out", str(tmp_path / "x.csv")])
+    with pytest.raises(UserError, match="no set ships for futoshiki-5: make one .python -m hrm_rl.generate --task futo"):
+        load_puzzles("futoshiki-5")
     assert not list(tmp_path.iterdir())
 
 
