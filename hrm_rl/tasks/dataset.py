@@ -98,7 +98,8 @@ def load_puzzles(
     """Read and check a set of puzzles.
 
     source: "TASK-SIDE" ("sudoku-9", "maze-10": ships with the package; mazes of other sides are made on the spot,
-    always the same), a path that ends in .csv or .csv.gz, or "hf://owner/name" (the file {split}.csv of a dataset on the Hub).
+    always the same), a path that ends in .csv or .csv.gz, or "hf://owner/name" (the file {split}.csv of a dataset on
+    the Hub).
     side: the side it must have; None takes what the file holds. split: "train" or "test" (not for a path).
     limit: read no more than the first so many. check_unique: also refuse puzzles with several solutions.
     task: what the puzzles are; None takes it from the name, and Sudoku for a file.
