@@ -277,13 +277,14 @@ def _puzzles(options, loaded, core) -> tuple:
     import torch
 
     from envs.problem import check_fit
+    from hrm_rl.evaluate import task_of
     from hrm_rl.tasks.dataset import shared_puzzles
     from hrm_rl.trainer import user_puzzles
 
-    side = round(core.config.seq_len**0.5)
-    test = user_puzzles(options.data or None, side, "test", options.limit or None)
+    task, side = task_of(loaded)
+    test = user_puzzles(options.data or None, side, "test", options.limit or None, task)
     source = options.validation or _trained_on(Path(loaded.source))
-    validation = user_puzzles(source, side, "train")
+    validation = user_puzzles(source, side, "train", task=task)
     for puzzles in (test, validation):
         check_fit(core, puzzles)
     if options.validation_limit and len(validation) > options.validation_limit:

@@ -54,7 +54,7 @@ def test_dtype_is_decided_or_kept():
     ("argv", "said"),
     [
         (["--num-env", "3"], "num_envs"), (["--optim.learning_rate", "3"], "learning_rate"),
-        (["--objective", "both"], "objective"), (["--max-steps", "many"], "max_steps"), (["--size", "5"], "size"),
+        (["--objective", "both"], "objective"), (["--max-steps", "many"], "max_steps"), (["--size", "five"], "size"),
         (["--core.hidden_size", "x"], "hidden_size"), (["--q-to-core", "maybe"], "q_to_core"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not is_study(path))
 def test_recipe_reads(path):
     config, agent, arguments = read_options(cli.parse(build_parser(), ["--config", str(path)]))
     assert f"--config configs/{path.name}" in path.read_text()
-    assert config.core.seq_len == config.size**2 and isinstance(agent, type)
+    assert config.core.seq_len == config.rules.seq_len and isinstance(agent, type)
     assert bool(arguments) == path.stem.startswith("sb3_")
 
 

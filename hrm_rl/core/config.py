@@ -37,12 +37,15 @@ class CoreConfig:
             each), last_k (through the last gradient_k calls), full (through all of them).
         gradient_k: Calls that the gradient reaches (gradient=last_k).
         token_mixing: How positions exchange information: attention, mlp (over positions, as in TRM), or grid
-            (fixed by the geometry of rows, columns and boxes, with a learned weight for each relation).
+            (fixed by the geometry of the grid, with a learned weight for each relation).
         positions: Positional information for attention: rope (rotary), learned (added to the embedding),
-            grid (a learned bias for each relation of two cells: same row, column, box), none.
+            grid (a learned bias for each relation of two cells), none.
+        geometry: How two cells of a grid are related, for grid mixing and positions: boxes (rows, columns, boxes),
+            neighbours (the cells around it), lines (rows, columns, diagonals), signs (rows, columns, the signs
+            between). The commands turn auto into the task's own; a core built with auto has boxes.
         rope_theta: Base of the rotary wavelengths.
         box: Rows and columns of a box, for grid positions; 0 0 picks the usual one for the side.
-        grid_strength: How strongly heads start out on rows, columns and boxes (grid mixing and positions).
+        grid_strength: How strongly heads start out on rows, columns and the like (grid mixing and positions).
         rms_norm_eps: Added to the mean square in the norm.
         puzzle_emb_ndim: Size of the puzzle embedding put in front; it takes ceil(ndim / hidden_size)
             prefix positions. 0: no prefix, and the Q-head reads the first token.
@@ -66,6 +69,7 @@ class CoreConfig:
     gradient_k: int = 2
     token_mixing: Literal["attention", "mlp", "grid"] = "attention"
     positions: Literal["rope", "learned", "grid", "none"] = "rope"
+    geometry: Literal["auto", "boxes", "neighbours", "lines", "signs"] = "auto"
     rope_theta: float = 10000.0
     box: tuple[int, int] = (0, 0)
     grid_strength: float = 4.0

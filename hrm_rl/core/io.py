@@ -46,11 +46,12 @@ class LoadedCore:
     agent_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def packaged_core(size: int = 9) -> Path:
+def packaged_core(size: int = 9, task: str = "sudoku") -> Path:
     """Path of the small trained core that ships with the package. UserError if none ships for `size`."""
-    path = Path(str(resources.files("hrm_rl") / "assets" / f"sudoku-{size}.safetensors"))
+    path = Path(str(resources.files("hrm_rl") / "assets" / f"{task}-{size}.safetensors"))
     if not path.is_file():
-        raise UserError(f"no trained core ships for size {size}; name one with core= (a run folder or a model file)")
+        what = f"size {size}" if task == "sudoku" else f"{task} of size {size}"
+        raise UserError(f"no trained core ships for {what}; name one with core= (a run folder or a model file)")
     return path
 
 
@@ -154,7 +155,9 @@ def core_config(values: dict) -> CoreConfig:
     return CoreConfig(**values)
 
 
-def load_core(source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9) -> LoadedCore:
+def load_core(
+    source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9, task: str = "sudoku"
+) -> LoadedCore:
     """Read a core. source: None (the packaged one), a run folder, a checkpoint folder, a model file, or a
     checkpoint of the released HRM (`core/released_file.py`).
 
@@ -162,7 +165,7 @@ def load_core(source: str | Path | None = None, device: str | torch.device = "cp
     Raises UserError for a missing, damaged or foreign file, naming the first tensor that does not fit, and for a core
     of a kind that is unknown here: a class of the user's own must have been imported before.
     """
-    path = packaged_core(size) if source is None else find_model(source)
+    path = packaged_core(size, task) if source is None else find_model(source)
     try:
         if is_released(path):
             (config, meta, core_tensors, head_tensors), agent_tensors = read_released(path), {}

@@ -103,7 +103,7 @@ class RecurrentCore(nn.Module):
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         if c.positions == "grid" and c.token_mixing == "attention":
-            self.grid_bias = GridBias(c.num_heads, *c.grid, c.prefix_len, c.grid_strength)
+            self.grid_bias = GridBias(c.num_heads, *c.grid, c.prefix_len, c.grid_strength, c.geometry)
         self.build(generator)
         self.lm_head = Linear(D, c.vocab_size, generator)
         self.register_buffer("H_init", trunc_normal_(torch.empty(D), 1.0, generator))
@@ -147,7 +147,8 @@ class RecurrentCore(nn.Module):
         if c.token_mixing == "mlp":
             inner = swiglu_width(self.num_positions, c.expansion, c.inner_multiple)
             return SwiGLU(self.num_positions, inner, generator)  # over positions, features as batch
-        return GridMixing(c.hidden_size, c.num_heads, *c.grid, c.prefix_len, c.grid_strength, generator)
+        sizes = c.hidden_size, c.num_heads, *c.grid, c.prefix_len, c.grid_strength
+        return GridMixing(*sizes, generator, c.geometry)
 
     # --- one segment -------------------------------------------------------------------------------------------
 
