@@ -43,7 +43,7 @@ def setting_of(arm: Arm) -> Setting:
 
 
 class Stack:
-    """Learners that share everything `hrm_rl.study.learners.shared_by` names, sorted by `setting_of`.
+    """Learners that share everything `hrm_rl.study.learners.shared_by` names, those of one `setting_of` side by side.
 
     Attributes: parameters (name -> (L, ...)), slots, updates (done), died (L,) int64: the update at which a learner's
     logits were no longer finite, -1 where they are. Such a learner learns nothing more; no other one notices.
@@ -74,8 +74,8 @@ class Stack:
         self._buffers: list[Tensor] = []  # of q-tokens, used in turn: fresh pages cost more than the copy
         self._turn = 0
         self._x = self._x_before = self._read(self.slots.row)
-        self._learn = {"none": {"sarsa": self._sarsa, "mc": self._episodic, "lambda": self._episodic}.get(
-            self.backup, self._live), "fifo": self._replayed, "uniform": self._replayed}[self.replay]  # fmt: skip
+        by_backup = {"sarsa": self._sarsa, "mc": self._episodic, "lambda": self._episodic}
+        self._learn = by_backup.get(self.backup, self._live if self.replay == "none" else self._replayed)
 
     def update(self) -> None:
         """One optimiser step of every learner and, but for replay=uniform, one segment in each of its slots."""
@@ -92,7 +92,7 @@ class Stack:
         self.target.follow(self.updates)
 
     def take_gradient_norm(self) -> Tensor:
-        """(L,) mean norm of the whole gradient since the last call; NaN where there was no update."""
+        """(L,) mean norm of a learner's whole gradient over the updates since the last call; NaN without any."""
         mean = self.norm_sum / self.norm_count if self.norm_count else torch.full_like(self.norm_sum, torch.nan)
         self.norm_sum, self.norm_count = torch.zeros_like(self.norm_sum), 0
         return mean

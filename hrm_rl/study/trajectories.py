@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from hrm_rl.recorded import Notice, Pass, Recording, model_sha256, recorded, rec
 from hrm_rl.tasks import PuzzleSet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectories:
     """Segments 1..M of N puzzles; row m - 1 is segment m. `key` names them: SHA-256, of the content unless given.
 
@@ -28,7 +28,7 @@ class Trajectories:
 
     q_token: Tensor  # (M, N, D) float32: what the Q-head reads
     correct: Tensor  # (M, N) bool: the whole answer is right
-    key: str = field(default="", compare=False)
+    key: str = ""
 
     def __post_init__(self) -> None:
         q_token, correct = self.q_token, self.correct
