@@ -8,9 +8,10 @@ import pytest
 import torch
 from hrm_testing import counting_core, lively_trainer, small_puzzles, small_trainer
 
-from agents import FixedAgent, QHaltingAgent
+from agents import FixedAgent, QHaltingAgent, Transition
 from agents.lambda_return import LambdaAgent
 from agents.monte_carlo import MonteCarloAgent
+from envs import HALT
 from hrm_rl import evaluation
 from hrm_rl.study import exact, measures
 from hrm_rl.study.live_measures import gradient_measures, measure_live
@@ -119,9 +120,6 @@ def test_cosine_by_hand():
     slots = trainer.envs.slots
     names = [n for n in trainer.trained if n.startswith("core.")]
     view, q_logits, actions = trainer._decide(slots)
-    from agents import Transition
-    from envs import HALT
-
     ended = (actions == HALT) | (slots.steps >= 4)
     losses, q = trainer._losses(slots, Transition(view, q_logits, actions, slots.is_correct, None, ended))
     parts = []
