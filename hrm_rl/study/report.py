@@ -247,9 +247,9 @@ def _arm_section(report: _Report) -> str:
     if not report.arms:
         return "".join(parts) + "<p>None.</p>"
     parts.append("<p class=small>Every dot is a seed, the diamond their mean, the bar its 95 % interval, the grey band "
-                 "the baseline's. Intervals are over seeds, those of accuracy over puzzles as well: most of their width is "
-                 "the choice of puzzles, which all arms share, so compare arms by the difference, which is paired over "
-                 "puzzles where it can be.</p>")  # fmt: skip
+                 "the baseline's. Intervals are over seeds, those of accuracy over puzzles as well: much of their width "
+                 "is the choice of puzzles, which all arms share: compare arms by the difference, paired over puzzles "
+                 "where it can be.</p>")  # fmt: skip
     base = [report.baseline] if report.baseline else []
     for i, (title, members) in enumerate(_titled(report, _PER_FOREST)):
         shown = base + [report.summaries[arm] for arm in members]
@@ -394,7 +394,8 @@ def _shade(report: _Report, name: str, found: MetricSummary) -> float:
         return 0.0
     other = report.baseline.metrics.get(name)
     sides = [np.array(side.finals) for side in (found, other) if side is not None]
-    variances = [side[np.isfinite(side)].var() for side in sides if np.isfinite(side).any()]
+    with np.errstate(over="ignore"):  # of values that exploded
+        variances = [side[np.isfinite(side)].var() for side in sides if np.isfinite(side).any()]
     spread = math.sqrt(np.mean(variances)) if variances else 0.0
     size = min(1.0, abs(found.difference.value) / (_STRONG * spread)) if spread > 0 else 1.0
     return math.copysign(max(size, 0.15), way * found.difference.value)

@@ -163,8 +163,8 @@ def default_judge() -> Callable[[RunResult], Any]:
 
 def bounded_parameters(study: _Study) -> Verdict:
     """Held: the baseline's parameters end within the optimiser's bound (ratio at most 1 in every run, and the interval
-    of the mean) and the baseline is stable. Did not hold: they end beyond it (the interval lies above 1), or the baseline
-    is unstable. The bound is one for the limit of training (arXiv:2404.04454), so the last checkpoint is asked."""
+    of the mean) and the baseline is stable. Did not hold: they end beyond it (the interval lies above 1), or the
+    baseline is unstable. The bound is for the limit of training (arXiv:2404.04454): the last checkpoint is asked."""
     claim = "bounded parameters"
     statement = "The parameters of the Q-head stay within the optimiser's bound, and Q-learning is stable there."
     runs = study.arms.get(study.info.baseline, [])
