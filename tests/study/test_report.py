@@ -71,7 +71,7 @@ def test_a_whole_report(tmp_path):
     assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|src=\"(?!data:)", text)
     page = _Reader(text)
     quote = ("1 of 7 arms was unstable in at least one run (wild in 10 of 10 runs); the baseline solved")
-    assert quote in page.text and "unstable in 0 of them" in page.text
+    assert quote in page.text and "unstable in 0 of 10 runs" in page.text
     assert "Of 70 runs 5 diverged." in page.text and "not finished" not in page.text
     order = [page.text.index(word) for word in ("What the paper claims", "Every arm", "Every seed thin",
              "Q minus the exact optimum", "All metrics against", "Peak and final accuracy", "What the metrics mean",
@@ -124,7 +124,7 @@ def test_few_seeds_are_said_in_words():
 def test_odd_studies(case):
     info, results = make_study({"baseline": Made(seeds=2), "arm": Made({"lr": 0.5}, seeds=2)})
     words = {
-        "one run": "No run of 1 arm was unstable", "failed": "Of 4 runs 4 failed", "nan": "has no accuracy",
+        "one run": "No run of 1 arm was unstable", "failed": "All 4 runs of 2 arms failed", "nan": "has no accuracy",
         "none": "No run of this study has a result yet", "no baseline": "the baseline gone has no run",
         "huge": "No run of 2 arms was unstable", "no metrics": "No run was measured",
         "unfinished": "not finished: 4 of 40 planned",
