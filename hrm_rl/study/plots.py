@@ -77,7 +77,7 @@ def forest(
                       transform=axes.get_yaxis_transform())  # fmt: skip
 
     longest = max((len(shortened(s.arm, 32)) for s in summaries), default=0)
-    return _render(draw, 7.4, 0.6 + 0.27 * max(2, len(summaries)), title, (0.3 + 0.08 * longest, 1.3, 0.5, 0.1))
+    return _render(draw, 7.4, 0.6 + 0.27 * max(2, len(summaries)), title, (0.3 + 0.08 * longest, 1.6, 0.5, 0.1))
 
 
 def _minus(summary: ArmSummary, metric: str, baseline: ArmSummary | None) -> ArmSummary:
@@ -230,7 +230,9 @@ def _scale(axes, which: str, values: Sequence[float]) -> None:
     if len(sizes) and sizes.max() > 100 * np.median(sizes):
         middle = float(np.median(sizes))
         getattr(axes, f"set_{which}scale")("symlog", linthresh=max(middle, 1e-12))
-        getattr(axes, f"{which}axis").set_major_locator(_few_decades(middle, float(sizes.max())))
+        axis = getattr(axes, f"{which}axis")
+        axis.set_major_locator(_few_decades(middle, float(sizes.max())))
+        axis.set_major_formatter("{x:g}")  # Matplotlib's own is mathematics, which names of arms must never be
 
 
 def _few_decades(linear: float, largest: float):

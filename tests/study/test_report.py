@@ -81,6 +81,7 @@ def test_a_whole_report(tmp_path):
         assert re.search(f"{claim} .{{0,200}} {outcome}", page.text), claim
     for svg in page.images():
         ET.fromstring(svg)
+        assert "mathdefault" not in svg and "$" not in svg
         assert "10 seeds" in svg and "prefers-color-scheme:dark" in svg and "var(--ink)" in svg
     forests = [svg for svg in page.images() if "at the last checkpoint" in svg]
     assert len(forests) == 15 and sum("minus the baseline" in svg for svg in forests) == 5
