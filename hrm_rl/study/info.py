@@ -33,7 +33,7 @@ class StudyInfo:
         return sorted(results, key=lambda run: (place.get(run.arm, len(place)), run.arm, run.seed))
 
     def changes(self, arm: str, runs: Sequence[RunResult] = ()) -> dict[str, Any]:
-        """The settings of an arm that differ from the baseline's; of an arm that is not in `arms`, what its runs say."""
+        """The settings of an arm that differ from the baseline's; of an arm not in `arms`, what its runs say."""
         if arm in self.arms and self.baseline in self.arms:
             base = self.arms[self.baseline]
             return {name: value for name, value in self.arms[arm].items() if name not in base or base[name] != value}

@@ -30,7 +30,8 @@ table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-num
 th,td{padding:.3rem .55rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid)}
 th{white-space:nowrap;color:var(--muted);font-weight:600}
 td.n,th.n{text-align:right;white-space:nowrap}
-td details{margin:0}td.name{min-width:11rem;max-width:20rem;font-weight:600;overflow-wrap:anywhere}td.text{min-width:16rem}
+td details{margin:0}
+td.name{min-width:11rem;max-width:20rem;font-weight:600;overflow-wrap:anywhere}td.text{min-width:16rem}
 .ready th[data-sort]{cursor:pointer}.ready th[data-sort]:after{content:" \\2195";opacity:.5}
 .ready th[aria-sort=ascending]:after{content:" \\2191";opacity:1}
 .ready th[aria-sort=descending]:after{content:" \\2193";opacity:1}

@@ -72,12 +72,12 @@ def forest(
         axes.set_xlabel(f"{label} at the last checkpoint")
         if difference:
             axes.axvline(0, color=_c("muted"), lw=1, zorder=1)
-        right = axes.secondary_yaxis("right")
-        right.set_yticks(range(len(summaries)), [seeds_of(s, metric) for s in summaries], fontsize=8, color=_c("muted"))
-        right.tick_params(length=0)
-        right.spines["right"].set_visible(False)
+        for row, summary in enumerate(summaries):
+            axes.text(1.02, row, seeds_of(summary, metric), fontsize=8, color=_c("muted"), va="center",
+                      transform=axes.get_yaxis_transform())  # fmt: skip
 
-    return _render(draw, 7.4, 0.85 + 0.27 * max(2, len(summaries)), title)
+    longest = max((len(shortened(s.arm, 32)) for s in summaries), default=0)
+    return _render(draw, 7.4, 0.6 + 0.27 * max(2, len(summaries)), title, (0.3 + 0.08 * longest, 1.6, 0.5, 0.1))
 
 
 def _minus(summary: ArmSummary, metric: str, baseline: ArmSummary | None) -> ArmSummary:
@@ -230,7 +230,9 @@ def _scale(axes, which: str, values: Sequence[float]) -> None:
     if len(sizes) and sizes.max() > 100 * np.median(sizes):
         middle = float(np.median(sizes))
         getattr(axes, f"set_{which}scale")("symlog", linthresh=max(middle, 1e-12))
-        getattr(axes, f"{which}axis").set_major_locator(_few_decades(middle, float(sizes.max())))
+        axis = getattr(axes, f"{which}axis")
+        axis.set_major_locator(_few_decades(middle, float(sizes.max())))
+        axis.set_major_formatter("{x:g}")  # Matplotlib's own is mathematics, which names of arms must never be
 
 
 def _few_decades(linear: float, largest: float):
@@ -267,8 +269,13 @@ _RC = {"svg.fonttype": "none", "svg.hashsalt": "hrm_rl", "text.parse_math": Fals
        "path.simplify": True, "axes.formatter.useoffset": False}  # fmt: skip
 
 
-def _render(draw: Callable, width: float, height: float, alt: str) -> Image:
-    """Draw on one pair of axes of width x height inches, transparent, and return the image."""
+def _render(
+    draw: Callable, width: float, height: float, alt: str, margins: tuple[float, ...] = (0.65, 0.12, 0.5, 0.45)
+) -> Image:
+    """Draw on one pair of axes of width x height inches, transparent, and return the image.
+
+    margins: left, right, bottom and top of the axes in inches. Matplotlib could find them, at ten times the time.
+    """
     import io
 
     import matplotlib
@@ -277,9 +284,11 @@ def _render(draw: Callable, width: float, height: float, alt: str) -> Image:
 
     with matplotlib.rc_context(_RC), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # glyphs that Matplotlib's own font lacks: the reader's may not
-        figure = Figure(figsize=(width, height), layout="tight", facecolor="none")
+        figure = Figure(figsize=(width, height), facecolor="none")
         FigureCanvasSVG(figure)
-        axes = figure.subplots()
+        left, right, bottom, top = margins
+        axes = figure.add_axes((left / width, bottom / height, (width - left - right) / width,
+                                (height - bottom - top) / height))  # fmt: skip
         axes.set_facecolor("none")
         draw(axes)
         file = io.StringIO()

@@ -58,7 +58,11 @@ class _Report:
         return [self.judged[i] for i, run in enumerate(self.runs) if run.arm == arm]
 
     def unstable(self, arm: str) -> int:
-        return sum(bool(found.unstable) for found in self.stability(arm))
+        return sum(found.unstable for found in self.stability(arm))
+
+    def could_judge(self, arm: str) -> int:
+        """Runs of an arm whose stability could be judged; one that failed could not."""
+        return sum(found.judged for found in self.stability(arm))
 
     def is_share(self, metric: str) -> bool:
         return metric in self.metrics and self.metrics[metric][2] == "share"
@@ -112,13 +116,15 @@ def _known_metrics() -> Mapping[str, Sequence[str]]:
 
 
 def _headline(report: _Report) -> str:
-    bad = {arm: (report.unstable(arm), len(runs)) for arm, runs in report.arms.items() if report.unstable(arm)}
+    bad = {arm: (report.unstable(arm), report.could_judge(arm)) for arm in report.arms if report.unstable(arm)}
     worst = sorted(bad, key=lambda arm: -bad[arm][0] / bad[arm][1])
     named = ", ".join(f"{arm} in {bad[arm][0]} of {bad[arm][1]} runs" for arm in worst[:4])
     more = f" and {len(worst) - 4} more" if len(worst) > 4 else ""
     arms = f"{len(report.arms)} arm{'s' * (len(report.arms) != 1)}"
     if not report.arms:
         return "No run of this study has a result yet."
+    if not any(report.could_judge(arm) for arm in report.arms):
+        return f"All {len(report.runs)} runs of {arms} failed, and nothing can be said about them."
     first = f"{len(bad)} of {arms} {'was' if len(bad) == 1 else 'were'} unstable in at least one run ({named}{more})" \
         if bad else f"No run of {arms} was unstable"  # fmt: skip
     base = report.baseline
@@ -126,9 +132,9 @@ def _headline(report: _Report) -> str:
         return f"{first}; the baseline {report.info.baseline} has no run."
     accuracy = base.metrics.get("accuracy")
     held = f"solved {percent(accuracy.mean)} of the puzzles" if accuracy and accuracy.measured else "has no accuracy"
-    runs = f"{len(base.seeds)} seed{'s' * (len(base.seeds) != 1)}"
+    runs, judged = f"{len(base.seeds)} seed{'s' * (len(base.seeds) != 1)}", report.could_judge(base.arm)
     name = "the baseline" if base.arm == "baseline" else f"the baseline {base.arm}"
-    return f"{first}; {name} {held} over {runs} and was unstable in {report.unstable(base.arm)} of them."
+    return f"{first}; {name} {held} over {runs} and was unstable in {report.unstable(base.arm)} of {judged} runs."
 
 
 def percent(interval: Interval) -> str:
@@ -247,8 +253,8 @@ def _arm_section(report: _Report) -> str:
     if not report.arms:
         return "".join(parts) + "<p>None.</p>"
     parts.append("<p class=small>Every dot is a seed, the diamond their mean, the bar its 95 % interval, the grey band "
-                 "the baseline's. Intervals are over seeds, those of accuracy over puzzles as well: most of their width is "
-                 "the choice of puzzles, which all arms share, so compare arms by the difference, which is paired over "
+                 "the baseline's. Intervals are over seeds, those of accuracy over puzzles as well. Much of their "
+                 "width is the choice of puzzles, which all arms share: compare arms by the difference, paired over "
                  "puzzles where it can be.</p>")  # fmt: skip
     base = [report.baseline] if report.baseline else []
     for i, (title, members) in enumerate(_titled(report, _PER_FOREST)):
@@ -343,7 +349,7 @@ def worst_arms(report: _Report, most: int = _WORST_ARMS) -> list[str]:
     def badness(arm: str) -> tuple[float, float]:
         accuracy = report.summaries[arm].metrics.get("accuracy")
         mean = accuracy.mean.value if accuracy else math.nan
-        return -report.unstable(arm) / len(report.arms[arm]), mean if math.isfinite(mean) else -1.0
+        return -report.unstable(arm) / max(1, report.could_judge(arm)), mean if math.isfinite(mean) else -1.0
 
     return sorted((arm for arm in report.arms if arm != report.info.baseline), key=badness)[:most]
 
@@ -394,7 +400,8 @@ def _shade(report: _Report, name: str, found: MetricSummary) -> float:
         return 0.0
     other = report.baseline.metrics.get(name)
     sides = [np.array(side.finals) for side in (found, other) if side is not None]
-    variances = [side[np.isfinite(side)].var() for side in sides if np.isfinite(side).any()]
+    with np.errstate(over="ignore"):  # of values that exploded
+        variances = [side[np.isfinite(side)].var() for side in sides if np.isfinite(side).any()]
     spread = math.sqrt(np.mean(variances)) if variances else 0.0
     size = min(1.0, abs(found.difference.value) / (_STRONG * spread)) if spread > 0 else 1.0
     return math.copysign(max(size, 0.15), way * found.difference.value)
@@ -411,7 +418,7 @@ def _stability_section(report: _Report) -> str:
         reasons = Counter(_kind_of(reason) for s in found for reason in s.reasons)
         rows.append([
             text_cell(arm, "name"), number_cell(len(found), f"{len(found)}{' (few)' if summary.few else ''}"),
-            number_cell(report.unstable(arm), f"{report.unstable(arm)} of {len(found)}"),
+            number_cell(report.unstable(arm), f"{report.unstable(arm)} of {report.could_judge(arm)}"),
             *(number_cell(count) for count in (summary.finished, summary.diverged, summary.failed)),
             number_cell(min(collapses, default=math.nan), f"update {min(collapses)}" if collapses else "–"),
             _mean_share([s.peak_accuracy for s in found]), _mean_share([s.final_accuracy for s in found]),
@@ -430,7 +437,8 @@ def _stability_section(report: _Report) -> str:
         heads = ("arm", "seed", "status", "collapse at update", "peak accuracy", "final accuracy", "why")
         runs = folded(f"{len(listed)} runs that were unstable or did not finish{more}", table(heads, cells))
     note = ("Peak and final accuracy in percent, mean over the runs that have one, as measured: a run that diverged is "
-            "not 0 here. First collapse: the earliest of the arm's runs.")  # fmt: skip
+            "not 0 here. Unstable: of the runs that could be judged, which one that failed cannot. First collapse: the "
+            "earliest of the arm's runs.")  # fmt: skip
     arms = table(("arm", "runs", "unstable", "finished", "diverged", "failed", "first collapse", "peak accuracy",
                   "final accuracy", "why"), rows)  # fmt: skip
     return f'<h2 id="stability">Stability</h2>{arms}<p class=small>{escape(note)}</p>{runs}'

@@ -247,10 +247,11 @@ def _iqm_of(part: ndarray, axis: int) -> ndarray:
 
 def _bootstrap(samples: list[ndarray], statistic, values: ndarray, level: float, resamples: int) -> list[Interval]:
     """Percentile intervals of scipy.stats.bootstrap; each sample is drawn by itself along its last axis."""
-    found = stats.bootstrap(
-        samples, statistic, vectorized=True, axis=-1, n_resamples=resamples, confidence_level=level,
-        method="percentile", random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+    with np.errstate(over="ignore", invalid="ignore"):  # its standard error, of values that exploded
+        found = stats.bootstrap(
+            samples, statistic, vectorized=True, axis=-1, n_resamples=resamples, confidence_level=level,
+            method="percentile", random_state=np.random.default_rng(0),
+        ).confidence_interval  # fmt: skip
     return [Interval(*map(float, row)) for row in zip(values, found.low, found.high, strict=True)]
 
 

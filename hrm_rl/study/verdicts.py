@@ -66,6 +66,7 @@ class Contrast:
     corrected: dict[str, Interval]  # the same with the Bonferroni-corrected interval
     seeds: tuple[int, int]
     unstable: tuple[int, int]
+    judged: tuple[int, int]  # runs whose stability could be judged: one that failed for want of memory could not
     paired: bool  # accuracy is paired over puzzles
 
     @property
@@ -91,7 +92,7 @@ class Contrast:
             parts.append(f"accuracy {points(self.gains['accuracy'])}{', paired over puzzles' if self.paired else ''}")
         if "regret" in self.gains:
             parts.append(f"regret saved {signed(self.gains['regret'])}")
-        (bad, worse), (runs, others) = self.unstable, self.seeds
+        (bad, worse), (runs, others) = self.unstable, self.judged
         parts.append(f"unstable {bad} of {runs} against {worse} of {others} runs")
         return f"{self.present} against {self.absent}: " + "; ".join(parts)
 
@@ -145,7 +146,7 @@ def verdicts(
 ) -> list[Verdict]:  # fmt: skip
     """The verdict table, in the order in which the paper reasons.
 
-    judge: run -> something with `.unstable`; `hrm_rl.study.stability.verdict` if None.
+    judge: run -> something with `.unstable` and `.judged`; `hrm_rl.study.stability.verdict` if None.
     """
     study = _Study(info, by_arm(info.in_order(results)), judge or default_judge(), PuzzleDraws(resamples))
     return [bounded_parameters(study), *(needed(study, c) if c.needed else needless(study, c) for c in CLAIMS)]
@@ -163,8 +164,8 @@ def default_judge() -> Callable[[RunResult], Any]:
 
 def bounded_parameters(study: _Study) -> Verdict:
     """Held: the baseline's parameters end within the optimiser's bound (ratio at most 1 in every run, and the interval
-    of the mean) and the baseline is stable. Did not hold: they end beyond it (the interval lies above 1), or the baseline
-    is unstable. The bound is one for the limit of training (arXiv:2404.04454), so the last checkpoint is asked."""
+    of the mean) and the baseline is stable. Did not hold: they end beyond it (the interval lies above 1), or the
+    baseline is unstable. The bound is for the limit of training (arXiv:2404.04454): the last checkpoint is asked."""
     claim = "bounded parameters"
     statement = "The parameters of the Q-head stay within the optimiser's bound, and Q-learning is stable there."
     runs = study.arms.get(study.info.baseline, [])
@@ -261,18 +262,19 @@ class _Study:
     arms: dict[str, list[RunResult]]
     judge: Callable[[RunResult], Any]
     draws: PuzzleDraws
-    _bad: dict[str, int] = field(default_factory=dict)
+    _counts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def unstable(self, arm: str) -> int:
-        """Runs of an arm that the judge calls unstable."""
-        if arm not in self._bad:
-            self._bad[arm] = sum(bool(self.judge(run).unstable) for run in self.arms[arm])
-        return self._bad[arm]
+    def unstable(self, arm: str) -> tuple[int, int]:
+        """Runs of an arm that the judge calls unstable, and runs that it could judge."""
+        if arm not in self._counts:
+            found = [self.judge(run) for run in self.arms[arm]]
+            self._counts[arm] = sum(s.unstable for s in found), sum(s.judged for s in found)
+        return self._counts[arm]
 
     def stability(self, arm: str) -> tuple[bool | None, str]:
         """True: the share of unstable runs is surely (95 %, Wilson) below the margin. False: it is surely above `RARE`.
         None: neither. And the share in words."""
-        bad, runs = self.unstable(arm), len(self.arms[arm])
+        bad, runs = self.unstable(arm)
         share = wilson(bad, runs)
         words = f"{arm}: unstable in {bad} of {runs} runs (share {bracket(share, '.0%')})"
         return (True if share.high <= MARGINS["unstable"] else False if share.low > RARE else None), words
@@ -334,7 +336,7 @@ class _Study:
 
     def _contrast(self, present: str, absent: str, level: float) -> Contrast:
         one, other = self.arms[present], self.arms[absent]
-        bad = self.unstable(present), self.unstable(absent)
+        (bad, worse), (runs, others) = zip(self.unstable(present), self.unstable(absent), strict=True)
         found, paired = [], False
         for asked in (LEVEL, level):
             gains: dict[str, Interval] = {}
@@ -346,9 +348,10 @@ class _Study:
             lost, before = self._regret(present), self._regret(absent)
             if lost is not None and before is not None:
                 gains["regret"] = difference_interval(before, lost, asked, self.draws.resamples)[0]
-            gains["unstable"] = share_difference(bad[1], len(other), bad[0], len(one), asked)
+            gains["unstable"] = share_difference(worse, others, bad, runs, asked)
             found.append(gains)
-        return Contrast(present, absent, found[0], found[1], (len(one), len(other)), bad, paired)
+        seeds = len(one), len(other)
+        return Contrast(present, absent, found[0], found[1], seeds, (bad, worse), (runs, others), paired)
 
 
 def wilson(count: int, runs: int, level: float = LEVEL) -> Interval:

@@ -138,7 +138,10 @@ def test_dotted_settings_of_live_arms():
 
 def test_failed_runs_only_and_nothing_at_all():
     info, results = make_study({"baseline": Made(failed=range(10)), "arm": Made({"target": "hard"}, failed=range(10))})
-    assert {v.outcome for v in verdicts(info, results, judge, 500)} <= {"not measured", "undecided", "held"}
+    found = {v.claim: v for v in verdicts(info, results, judge, 500)}
+    assert found["no target network needed"].outcome == "undecided"  # no run could be judged: none is stable
+    assert "unstable in 0 of 0 runs" in found["no target network needed"].measured
+    assert {v.outcome for v in found.values()} == {"not measured", "undecided"}
     assert {v.outcome for v in verdicts(info, [], judge, 500)} == {"not measured"}
 
 
@@ -160,7 +163,7 @@ def test_shares_against_published_numbers():
 def test_a_gain_has_to_pass_margin_and_interval():
     def contrast(value, low, high):
         gain = {"accuracy": Interval(value, low, high)}
-        return Contrast("a", "b", gain, gain, (10, 10), (0, 0), True)
+        return Contrast("a", "b", gain, gain, (10, 10), (0, 0), (10, 10), True)
 
     small, sure, unsure = contrast(0.005, 0.004, 0.006), contrast(0.02, 0.01, 0.03), contrast(0.02, -0.01, 0.05)
     assert (small.helps, small.useless) == (False, True) and (sure.helps, sure.useless) == (True, False)

@@ -30,6 +30,7 @@ class Judged(NamedTuple):
     collapse_update: int | None
     peak_accuracy: float
     final_accuracy: float
+    judged: bool = True
 
 
 def judge(run: RunResult) -> Judged:
@@ -43,7 +44,7 @@ def judge(run: RunResult) -> Judged:
         reasons += (f"accuracy fell from {peak:.2f} to {final:.2f}",)
         collapse = next(int(u) for u, v in zip(run.updates, series, strict=True)
                         if v < peak - 0.2 and u > run.updates[int(series.nan_to_num(-1).argmax())])  # fmt: skip
-    return Judged(bool(reasons), reasons, collapse, peak, final)
+    return Judged(bool(reasons), reasons, collapse, peak, final, run.status != "failed")
 
 
 METRICS = {
