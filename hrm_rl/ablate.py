@@ -175,7 +175,7 @@ def _owned(out: Path, content: Mapping[str, Any]) -> Iterator[None]:
     there = _refuse_another(out, content)
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        (out / "runs").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     lock: IO[str] | None = None
@@ -183,10 +183,11 @@ def _owned(out: Path, content: Mapping[str, Any]) -> Iterator[None]:
         lock = _lock(out)
         if not there and not _refuse_another(out, content):  # looked again: another process may have made it
             write_atomically(out / STUDY_FILE, (json.dumps(content, indent=1) + "\n").encode())
+        (out / "runs").mkdir(exist_ok=True)
         clear_staging(out / "runs")
         yield
     except UserError:
-        if lock is not None and made and not any((out / "runs").iterdir()):  # nothing was done: leave nothing behind
+        if lock is not None and made and not any((out / "runs").glob("*")):  # nothing was done: leave nothing behind
             shutil.rmtree(out, ignore_errors=True)
             for path in made[1:]:
                 with contextlib.suppress(OSError):

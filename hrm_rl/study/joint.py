@@ -154,12 +154,7 @@ class StudySession(_Session):
                 (("exact_accuracy", "accuracy"), ("mean_steps", "mean_steps"))}  # fmt: skip
 
     def _report(self, trainer: Trainer) -> None:
-        if not (self.run / "measures" / f"{trainer.step:08d}.safetensors").is_file():
-            self._measure(trainer)
-        puzzles = self._probe(trainer)
-        run, steps = run_probe(trainer, puzzles)
-        about = hashlib.sha256((puzzles.sha256 + recorded.weights_sha256(trainer.core)).encode()).hexdigest()
-        self.ends = {"right": run.at(steps)[0], "steps": steps, "puzzles": about}
+        self._measure(trainer)  # once more where it falls on a checkpoint: for what is kept of the end alone
         if self.kind == "train":
             super()._report(trainer)
 
@@ -168,15 +163,19 @@ class StudySession(_Session):
         return puzzles if not self.count else puzzles.select(torch.arange(min(self.count, len(puzzles))))
 
     def _measure(self, trainer: Trainer) -> dict[str, float]:
-        """Measure the trainer as it is and keep that; what its agent says of itself counts before what is read off."""
-        folder = self.run / "measures"
-        puzzles = self._probe(trainer)
-        metrics, by_step = basic_measures(trainer, puzzles)
-        q_logits = None
+        """Measure the trainer as it is and keep that."""
+        folder, puzzles = self.run / "measures", self._probe(trainer)
         if self.kind == "joint":
-            live = _measure_live(trainer, puzzles, _previous(folder, trainer.step))
-            metrics, by_step, q_logits = metrics | live[0], by_step | live[1], live[2]
+            from hrm_rl.study.live_measures import measure_live
+
+            live = measure_live(trainer, puzzles, _previous(folder, trainer.step))
+            metrics, by_step, q_logits, right, steps = live
+        else:
+            metrics, by_step, right, steps = measure_halting(trainer, puzzles)
+            q_logits = None
         write_measures(folder / f"{trainer.step:08d}.safetensors", metrics, by_step, q_logits)
+        about = hashlib.sha256((puzzles.sha256 + recorded.weights_sha256(trainer.core)).encode()).hexdigest()
+        self.ends = {"right": right.cpu(), "steps": steps.cpu(), "puzzles": about}
         return metrics
 
 
@@ -196,30 +195,21 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
-def _measure_live(trainer: Trainer, puzzles, previous: Tensor | None) -> tuple[dict, dict, Tensor | None]:
-    """The seam to `hrm_rl.study.live_measures`: (metrics, by step (M,), q_logits (M, N, 2) or None)."""
-    from hrm_rl.study.live_measures import measure_live
+def measure_halting(trainer: Trainer, puzzles) -> tuple[dict[str, float], dict[str, Tensor], Tensor, Tensor]:
+    """(metrics, by step (M,), right (N,), steps (N,)) of any agent: what its halting comes to.
 
-    return measure_live(trainer, puzzles, previous)
-
-
-def run_probe(trainer: Trainer, puzzles) -> tuple[evaluation.Trajectories, Tensor]:
-    """(trajectories, halting steps (N,)) with the evaluation weights; in large batches, so not compiled."""
+    By the evaluation weights; in large batches, so not compiled.
+    """
     M = trainer.config.max_steps
     with trainer.evaluation_weights():
         found = evaluation.trajectories(
             trainer.core, trainer.agent, puzzles, M, min(len(puzzles), _BATCH), trainer.device
         )
-    return found, found.halt_steps(M)
-
-
-def basic_measures(trainer: Trainer, puzzles) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """(metrics, by step (M,)) of any agent: what its halting comes to on `puzzles`, with the evaluation weights."""
-    found, steps = run_probe(trainer, puzzles)
+    steps = found.halt_steps(M)
     right = found.at(steps)[0]
     metrics = {"accuracy": right.double().mean().item(), "mean_steps": steps.double().mean().item(),
                "regret": scoring.regret(found.exact, steps, trainer.config.ponder_cost)}  # fmt: skip
-    return metrics, {"accuracy": found.exact.double().mean(-1)}
+    return metrics, {"accuracy": found.exact.double().mean(-1)}, right, steps
 
 
 # --- what was measured, on disk -------------------------------------------------------------------------------

@@ -284,7 +284,10 @@ class RayWorkers:
         )
 
     def _connect(self, said: str, **how: Any) -> None:
-        """ray.init, given up after `CONNECT_SECONDS`: it can wait for minutes, and does not take a limit."""
+        """ray.init. To join one is given up after `CONNECT_SECONDS`: it can wait for minutes, and takes no limit.
+
+        A Ray of our own is started by this very thread: its processes end with the thread that they come from.
+        """
         import logging
 
         ended: list[BaseException | None] = []
@@ -294,16 +297,22 @@ class RayWorkers:
                 with _silence():
                     self.ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **how)
                 ended.append(None)
-            except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            except BaseException as error:  # told to the caller below
                 ended.append(error)
 
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on machines without a GPU
-        thread = threading.Thread(target=connect, daemon=True)
-        thread.start()
-        limit = CONNECT_SECONDS if "address" in how else 3 * CONNECT_SECONDS
-        thread.join(limit)
+        if "address" in how:
+            thread = threading.Thread(target=connect, daemon=True)
+            thread.start()
+            thread.join(CONNECT_SECONDS)
+        else:
+            kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            connect()
+            for number, handler in kept.items():  # Ray takes SIGTERM for itself
+                signal.signal(number, handler)
         if not ended:
-            raise UserError(f"--ray-address {said}: Ray does not answer within {limit:g} seconds")
+            raise UserError(f"--ray-address {said}: Ray does not answer within {CONNECT_SECONDS:g} seconds")
+        if isinstance(ended[0], KeyboardInterrupt):
+            raise ended[0]
         if ended[0] is not None:
             raise UserError(f"--ray-address {said}: Ray cannot be reached ({in_one_line(ended[0])})") from ended[0]
 
@@ -356,6 +365,8 @@ def _why_lost(error: Exception) -> str:
 
 
 def _import_ray():
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on machines without a GPU
     try:
         import ray
     except ImportError as error:
