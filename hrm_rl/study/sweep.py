@@ -271,7 +271,8 @@ class RayWorkers:
         if address == "local":
             # A short path: sockets lie in it, whose names may have 107 bytes.
             self.temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-            self._connect(address, address="local", num_cpus=size * threads, include_dashboard=False, _temp_dir=self.temporary.name)
+            where = {"include_dashboard": False, "_temp_dir": self.temporary.name}
+            self._connect(address, address="local", num_cpus=size * threads, **where)
             self.size = size
         else:
             _check_answers(address)
