@@ -38,15 +38,16 @@ def _puzzles(source: PuzzleSource, size: int, split: str) -> PuzzleSet:
     return puzzles.select(order[: source.count].sort().values)
 
 
-def record(study: Study, device: str, cache: Path, notice: Callable[[str], None]) -> tuple:
-    """The trajectories (to learn from, to measure on), from the cache or with a progress bar."""
+def record(study: Study, device: str, cache: Path, notice: Callable[[str], None], quiet: bool = False) -> tuple:
+    """The trajectories (to learn from, to measure on), from the cache or with a progress bar unless `quiet`."""
     from tqdm import tqdm
 
     from hrm_rl.study.trajectories import load_trajectories
 
     found = []
+    look = {"unit": "puzzle", "disable": quiet or None, "file": sys.stderr, "leave": False}
     for name, puzzles in zip(("training puzzles", "probe puzzles"), puzzles_of(study), strict=True):
-        with tqdm(total=len(puzzles), unit="puzzle", desc=name, disable=None, file=sys.stderr, leave=False) as bar:
+        with tqdm(total=len(puzzles), desc=name, **look) as bar:
             found.append(load_trajectories(study.core, puzzles, study.max_steps, device, cache, notice, bar.update))
     return tuple(found)
 
@@ -55,7 +56,7 @@ def record(study: Study, device: str, cache: Path, notice: Callable[[str], None]
 def _recorded(core: str | None, size: int, max_steps: int, train: PuzzleSource, probe: PuzzleSource, device: str,
               cache: str) -> tuple:  # fmt: skip
     study = Study("", "q_only", size=size, core=core, max_steps=max_steps, train=train, probe=probe)
-    return record(study, device, Path(cache), lambda line: None)
+    return record(study, device, Path(cache), lambda line: None, quiet=True)
 
 
 def tasks(study: Study, runs: Sequence[Run], width: int, device: str, cache: Path) -> list[Task]:

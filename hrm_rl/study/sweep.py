@@ -271,7 +271,8 @@ class RayWorkers:
         if address == "local":
             # A short path: sockets lie in it, whose names may have 107 bytes.
             self.temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-            self._connect(address, num_cpus=size * threads, include_dashboard=False, _temp_dir=self.temporary.name)
+            where = {"include_dashboard": False, "_temp_dir": self.temporary.name}
+            self._connect(address, address="local", num_cpus=size * threads, **where)
             self.size = size
         else:
             _check_answers(address)
@@ -300,10 +301,12 @@ class RayWorkers:
             except BaseException as error:  # told to the caller below
                 ended.append(error)
 
-        if "address" in how:
+        if said != "local":
+            streams = sys.stdout, sys.stderr
             thread = threading.Thread(target=connect, daemon=True)
             thread.start()
             thread.join(CONNECT_SECONDS)
+            sys.stdout, sys.stderr = streams  # where it was given up it is silent still
         else:
             kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             connect()

@@ -252,7 +252,7 @@ def test_ray_that_is_not_installed_is_one_line(monkeypatch):
         sweep.RayWorkers("local", 2, 1)
 
 
-def test_ray_that_never_answers_is_given_up(monkeypatch):
+def test_ray_that_never_answers_is_given_up(monkeypatch, capsys):
     class Deaf:
         @staticmethod
         def init(**keywords):
@@ -264,3 +264,5 @@ def test_ray_that_never_answers_is_given_up(monkeypatch):
     with pytest.raises(UserError, match="--ray-address auto: Ray does not answer within 0.1 seconds"):
         sweep.RayWorkers("auto", 2, 1)
     assert time.monotonic() - began < 3
+    print("it can be told", file=sys.stderr)
+    assert capsys.readouterr().err == "it can be told\n"
