@@ -274,7 +274,7 @@ def _render(
 ) -> Image:
     """Draw on one pair of axes of width x height inches, transparent, and return the image.
 
-    margins: left, right, bottom and top of the axes in inches. Matplotlib could find them, at ten times the time.
+    margins: left, right, bottom and top of the axes in inches. Matplotlib could find them, at several times the time.
     """
     import io
 
