@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -109,6 +110,7 @@ class StudySession(_Session):
         super().__init__(began, stack, ALONE)
         self.kind, self.count = kind, probe
         self.ends: dict[str, Any] = {}  # right, steps, puzzles of the RunResult, once the run is done
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # the sweep's
 
     def go(self, config, agent_class: type, arguments: dict, fresh: bool) -> None:
         """From the newest checkpoint of the run's folder, or from the start."""
@@ -154,6 +156,8 @@ class StudySession(_Session):
                 (("exact_accuracy", "accuracy"), ("mean_steps", "mean_steps"))}  # fmt: skip
 
     def _report(self, trainer: Trainer) -> None:
+        for number, handler in self.handlers.items():  # which the end of training has replaced
+            signal.signal(number, handler)
         self._measure(trainer)  # once more where it falls on a checkpoint: for what is kept of the end alone
         if self.kind == "train":
             super()._report(trainer)

@@ -164,8 +164,10 @@ def shipped_studies() -> list[str]:
 
 def is_study(path: Path) -> bool:
     """Whether a YAML file is a study's, and not a recipe of hrm_rl.train."""
+    import yaml
+
     root = compose(path)
-    return any(key.value == "arms" for key, _ in getattr(root, "value", ()) if not isinstance(root.value, str))
+    return isinstance(root, yaml.MappingNode) and any(key.value == "arms" for key, _ in root.value)
 
 
 def find_study(word: str) -> Path:
@@ -374,6 +376,10 @@ class _Fields:
         """The name of its agent, where it has one."""
         return ""
 
+    def short(self, name: str) -> str:
+        """A field as the names of arms spell it."""
+        return name
+
 
 class _QFields(_Fields):
     """Learners on recordings: the fields of Arm."""
@@ -419,6 +425,10 @@ class _TrainFields(_Fields):
 
     def hint(self, name: str) -> Any:
         return self.hints.get(name)
+
+    def short(self, name: str) -> str:
+        own = name.removeprefix("agent_args.")
+        return own if own == name or own not in self.hints else f"agent.{own}"
 
     def agent(self, values: Mapping[str, Any]) -> str:
         return _agent(values.get("agent", "auto"), values.get("objective", "joint"))
@@ -519,7 +529,7 @@ def _arms(fields: _Fields, baseline: dict[str, _Leaf], blocks: Sequence[tuple], 
             own_places = places | {name: leaf.place for name, leaf in leaves.items()}
             values = _resolved(fields, start | given, own_places, where)
             changes = _changes(resolved_base, values, given)
-            name = own_name or " ".join(f"{_short(n)}={_shown(v)}" for n, v in changes.items())
+            name = own_name or " ".join(f"{fields.short(n)}={_shown(v)}" for n, v in changes.items())
             known = found.get(_content(values))
             if known is not None:
                 if own_name and known.name == BASELINE:
@@ -558,10 +568,6 @@ def _changes(base: Mapping[str, Any], values: Mapping[str, Any], given: Mapping[
 
 def _content(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, default=str)
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("agent_args.")
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import types
 from pathlib import Path
@@ -66,8 +67,9 @@ def do(held: spec.Study, out: Path, arm: str, seed: int = 0, again=()):
 
 
 def test_a_run_is_measured_and_lies_in_its_own_folder(tmp_path, seen, capsys):
-    held = study(tmp_path)
+    held, handler = study(tmp_path), signal.getsignal(signal.SIGTERM)
     result = do(held, tmp_path / "o", "baseline")
+    assert signal.getsignal(signal.SIGTERM) is handler  # the sweep's
     assert result.status == "finished" and result.updates.tolist() == [0, 3, 6, 9]
     assert {"accuracy", "mean_steps", "regret", "weight"} == set(result.metrics)
     assert all(len(series) == 4 for series in result.metrics.values())

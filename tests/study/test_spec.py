@@ -174,6 +174,7 @@ def test_live_arms_are_settings_of_train(read):
     assert (agent, arguments["epsilon"], config.core.seq_len) == ("q", 0.2, 16)
     _, agent, arguments = spec.train_settings(study.arms[5].values)
     assert agent == "fixed" and arguments == {"k": 3}
+    assert spec.train_settings(study.arms[2].values)[1:] == ("fixed", {"k": 0})
     assert study.baseline.values["core.dtype"] == "auto" and "seed" not in study.baseline.values
 
 
