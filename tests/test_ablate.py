@@ -56,23 +56,23 @@ def refusal(words, monkeypatch, capsys) -> str:
 def test_a_study_from_start_to_report_and_more_seeds_later(place, capsys):
     assert run("small.yaml") == 0
     out = capsys.readouterr().out
-    assert "small: 6 arms x 3 seeds = 18 runs of 4 updates; 0 are there already (studies/small)" in out
-    assert "on this process" in out and re.search(r"runs 18/18  failed 0  unstable \d+  learner-updates/s [\d,]+", out)
+    assert "small: 5 arms x 3 seeds = 15 runs of 4 updates; 0 are there already (studies/small)" in out
+    assert "on this process" in out and re.search(r"runs 15/15  failed 0  unstable \d+  learner-updates/s [\d,]+", out)
     found = sweep.results_in(place / "studies/small/runs", pytest.fail)
-    assert len(found) == 18 and torch.equal(found["lr=0.01", 2].right, study_stand_ins.result("lr=0.01", 2).right)
+    assert len(found) == 15 and torch.equal(found["lr=0.01", 2].right, study_stand_ins.result("lr=0.01", 2).right)
     assert found["lr=0.02 num_envs=8", 0].changes == {"lr": 0.02, "num_envs": 8} and not found["baseline", 1].changes
     assert {"report.html", "table.csv", "table.parquet"} <= {path.name for path in (place / "studies/small").iterdir()}
     rows = [line for line in out.splitlines() if re.search(r"\d/3$", line)]
-    assert len(rows) == 6 and rows[0].startswith("baseline ") and "%" in rows[0] and "[" in rows[0]
+    assert len(rows) == 5 and rows[0].startswith("baseline ") and "%" in rows[0] and "[" in rows[0]
     assert "A small study" in (place / "studies/small/report.html").read_text()
     assert run("small.yaml") == 0
-    assert "18 runs of 4 updates; 18 are there already" in capsys.readouterr().out
+    assert "15 runs of 4 updates; 15 are there already" in capsys.readouterr().out
     assert run("small.yaml", "--seeds", "4", "--arms", "lr=0.01") == 0
     out = capsys.readouterr().out
     assert "2 arms x 4 seeds = 8 runs of 4 updates; 6 are there already" in out
-    assert len(sweep.results_in(place / "studies/small/runs", pytest.fail)) == 20
+    assert len(sweep.results_in(place / "studies/small/runs", pytest.fail)) == 17
     assert run("small.yaml", "--report", "--seeds", "4") == 0
-    assert "20 runs, 4 are missing" in capsys.readouterr().out
+    assert "17 runs, 3 are missing" in capsys.readouterr().out
 
 
 def test_failures_are_results_and_done_again_on_request(place, capsys, monkeypatch):
@@ -106,11 +106,11 @@ def test_a_sweep_that_is_stopped_says_how_to_go_on(place, capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["hrm_rl.study.learners"], "train_group", stopped)
     assert run("small.yaml") == 143
     out = capsys.readouterr().out
-    assert "SIGTERM: 8 of 18 runs are finished and safe. Go on with:\n" in out and "-m hrm_rl.ablate small.yaml" in out
+    assert "SIGTERM: 8 of 15 runs are finished and safe. Go on with:\n" in out and "-m hrm_rl.ablate small.yaml" in out
     assert not Path("studies/small/report.html").exists()
     assert run("small.yaml") == 0 and "8 are there already" in capsys.readouterr().out
     found = sweep.results_in(place / "studies/small/runs", pytest.fail)
-    assert len(found) == 18 and len({id(group) for group in calls}) == len(calls)
+    assert len(found) == 15 and len({id(group) for group in calls}) == len(calls)
 
 
 def test_list_names_the_arms_and_leaves_nothing(place, capsys):
@@ -125,7 +125,7 @@ BAD = [
     (["q_stabilty"], "study 'q_stabilty' is unknown; did you mean 'q_stability'?; there are: "),
     (["none.yaml"], "none.yaml: no such file"),
     (["small.yaml", "--arms", "lr=3"], "--arms: no arm fits 'lr=3'"),
-    (["small.yaml", "--seeds", "2000"], "small: 6 arms x 2,000 seeds = 12,000 runs of 4 updates are more "
+    (["small.yaml", "--seeds", "2000"], "small: 5 arms x 2,000 seeds = 10,000 runs of 4 updates are more "
      "than 5,000; add --yes"),
     (["small.yaml", "--seeds", "-1"], "--seeds must be at least 0, not -1"),
     (["small.yaml", "--workers", "x"], "--workers must be a whole number, not 'x'"),
@@ -178,7 +178,7 @@ def test_two_processes_on_one_folder(place, monkeypatch, capsys):
     said = refusal(["small.yaml", "--out", "o", "--cache", "cache"], monkeypatch, capsys)
     assert said == f"o: the study is in use by a live process (pid {os.getpid()})"
     held.close()
-    assert len(sweep.results_in(place / "o/runs", pytest.fail)) == 18
+    assert len(sweep.results_in(place / "o/runs", pytest.fail)) == 15
 
 
 def test_damaged_results_are_named_and_done_again(place, capsys):
@@ -189,7 +189,7 @@ def test_damaged_results_are_named_and_done_again(place, capsys):
     assert run("small.yaml", "--out", "o") == 0
     said = capsys.readouterr()
     assert f"note: {path.relative_to(place)}: damaged results" in said.err and "its runs are done again" in said.err
-    assert len(sweep.results_in(place / "o/runs", pytest.fail)) == 18
+    assert len(sweep.results_in(place / "o/runs", pytest.fail)) == 15
 
 
 def test_help_in_a_process_of_its_own():

@@ -93,7 +93,7 @@ def _split(task: Task) -> list[Task]:
 
 
 def _part(task: Task, runs: Sequence[Run]) -> Task:
-    return replace(fewer_runs(task, runs, runs=list(runs)), file=_file(runs))
+    return fewer_runs(task, runs, _file(runs))
 
 
 def _file(runs: Sequence[Run]) -> str:

@@ -536,7 +536,7 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
-def fewer_runs(task: Task, runs: Sequence[Run], **changed: Any) -> Task:
-    """The task of some of its runs, with arguments of their own."""
-    share = len(runs) / len(task.runs)
-    return replace(task, runs=tuple(runs), arguments={**task.arguments, **changed}, updates=task.updates * share)
+def fewer_runs(task: Task, runs: Sequence[Run], file: str) -> Task:
+    """The task of some of its runs, which its function takes by that name."""
+    share, arguments = len(runs) / len(task.runs), {**task.arguments, "runs": list(runs)}
+    return replace(task, runs=tuple(runs), arguments=arguments, file=file, updates=task.updates * share)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hrm_rl.checkpoint import list_checkpoints
+from hrm_rl.measure import NonFiniteError
 from hrm_rl.metrics import read_metrics
 from hrm_rl.study import joint, spec
 from hrm_rl.study.results import save_results
@@ -32,7 +33,7 @@ baseline:
          dtype: float32}}
 arms:
   a: {{objective: supervised, agent: fixed, agent_args: {{k: 2}}}}
-  wild: {{name: wild, optim: {{optimizer: adamw, lr: 1.0e+38, warmup_steps: 0, schedule: constant}}}}
+  wild: {{name: wild, optim: {{lr: 1.0}}}}
 """
 
 
@@ -129,10 +130,19 @@ def test_a_damaged_checkpoint_and_a_retry_begin_anew(tmp_path, seen):
     assert seen[0] == (9, 6.0) and torch.equal(whole.metrics["weight"], done.metrics["weight"])
 
 
-def test_a_loss_that_is_not_finite_is_a_result(tmp_path, seen):
+def test_a_loss_that_is_not_finite_is_a_result(tmp_path, seen, monkeypatch):
+    own = Trainer.update
+
+    def update(self, *arguments, **keywords):
+        if self.step == 4:
+            raise NonFiniteError("update 5: loss/total is nan")
+        return own(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, "update", update)
     result = do(study(tmp_path), tmp_path, "wild")
-    assert result.status == "diverged" and "update" in result.reason and "\n" not in result.reason
-    assert result.right is None and result.changes["optim.lr"] == 1e38
+    assert (result.status, result.reason) == ("diverged", "update 5: loss/total is nan")
+    assert result.updates.tolist() == [0, 3] and len(result.metrics["weight"]) == 2
+    assert result.right is None and result.changes == {"optim.lr": 1.0}
 
 
 @pytest.mark.slow
