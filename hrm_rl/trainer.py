@@ -182,7 +182,8 @@ class Trainer:
             if wanted == "on":
                 raise UserError("compile=on: no C++ compiler (CPU) or Triton (GPU) was found; use compile=off")
             return False
-        self.engine.run_prefix = torch.compile(self.core.prefix, dynamic=False)
+        if getattr(self.core, "without_gradient", 1):  # else the prefix is empty: nothing to compile
+            self.engine.run_prefix = torch.compile(self.core.prefix, dynamic=False)
         self.engine.run_tail = torch.compile(self.core.tail, dynamic=False)
         return True
 

@@ -1,6 +1,6 @@
 """The direct-prediction Transformer: one pass over the puzzle, no recurrence.
 
-Source: "direct prediction" of HRM, arXiv:2506.21734, section 3: a Transformer with HRM's blocks and HRM's size
+Source: the baseline "direct prediction" of HRM, arXiv:2506.21734: a Transformer with HRM's blocks and HRM's size
 (H_layers + L_layers blocks, so the same parameters) that answers at once:
 
     z_H = net(x)
@@ -9,8 +9,8 @@ The state it is given is ignored, so a second segment gives the first one's answ
 the first: a control for everything that recursion is said to do. z_H holds its features, so that agents and
 environments work on it as they stand; z_L stays the initial one. H_cycles and L_cycles have no effect.
 
-Departures: none in the network; the paper trains it without deep supervision, which is `--max-steps 1` here (with
-more, every segment is the same one, trained with another puzzle's symmetry only at the next episode).
+Departures: none that we know of, the paper giving no more than its size. Trained like all others here; with
+`--max-steps 1` every segment shows a puzzle that is new, where otherwise one is shown until the agent halts.
 
 Initial scale: the embedding has unit variance, and the post-norm of each block keeps it.
 """

@@ -1,7 +1,7 @@
 """The recurrent Transformer: one network, called again and again, with as much computation as HRM of the same config.
 
-Source: a baseline of HRM, arXiv:2506.21734, section 1 (the figure on depth), with HRM's blocks, embedding, fixed
-initial state and deep supervision, so that the two levels and their two speeds are all that differs:
+Source: a baseline of HRM, arXiv:2506.21734 (the figure on depth), with HRM's blocks, embedding, fixed initial state
+and deep supervision, so that the two levels and their two speeds are all that differs:
 
     z <- net(z + x)      C times a segment; the answer is read from z
 
@@ -10,8 +10,8 @@ and is called C times with b C = N (T L + H); b is the largest divisor of that n
 own blocks. With L = H and N (T + 1) even, as in all recipes here, b = L + H: the same parameters and, the 1-step
 gradient reaching b blocks, the same backward pass.
 
-Departures: the paper says no more of its baseline than that it is one; the arithmetic above is ours. z is z_H, the
-state that agents read; z_L stays the initial one and costs nothing.
+Departures: the paper does not spell its baseline out, so the arithmetic above is ours. z is z_H, the state that agents
+read; z_L stays the initial one and costs nothing.
 
 Initial scale: z and x have unit variance each (the fixed initial state, the scaled embedding, and later the last norm
 of the network), so the network sees variance 2 in every call, as HRM's f_H does; the post-norm makes it 1 again.

@@ -1,6 +1,6 @@
 """The Tiny Recursive Model: one network for both roles, and the gradient of a whole recursion.
 
-Source: TRM, arXiv:2510.04871, section 4 and its pseudocode, and the released code
+Source: TRM, arXiv:2510.04871, its pseudocode, and the released code
 (github.com/SamsungSAILMontreal/TinyRecursiveModels). With x the embedded puzzle, y the answer's features and z the
 latent ones, T = H_cycles recursions a segment of n = L_cycles latent steps each:
 

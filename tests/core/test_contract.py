@@ -11,7 +11,7 @@ import torch
 from hrm_testing import ROOT, small_core, small_puzzles, small_trainer
 
 from agents.q_targets import BOOTSTRAPS
-from hrm_rl import compare, evaluate
+from hrm_rl import evaluate
 from hrm_rl.core import CORES, Core, RecurrentCore, State, build_core, find_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
@@ -210,22 +210,3 @@ def test_a_resumed_run_goes_on_number_for_number(kind):
         resumed.update()
     assert all(torch.equal(a, b) for a, b in zip(straight.trained.values(), resumed.trained.values(), strict=True))
     assert torch.equal(straight.envs.slots.z_H, resumed.envs.slots.z_H)
-
-
-@pytest.mark.slow  # each is trained until it solves something: there is nothing to calibrate on before
-@pytest.mark.parametrize("kind", KINDS)
-def test_rules_are_compared_on_it(kind, tmp_path, capsys):
-    puzzles, file = small_puzzles(24, blanks=2), tmp_path / "puzzles.csv"
-    rows = ["".join(map(str, (row - 1).tolist())).replace("0", ".") for row in puzzles.questions]
-    answers = ["".join(map(str, (row - 1).tolist())) for row in puzzles.answers]
-    file.write_text("source,question,answer,rating\n" + "".join(
-        f"test,{question},{answer},0\n" for question, answer in zip(rows, answers, strict=True)))
-    trainer = small_trainer(core=make(kind), puzzles=puzzles, augment=False, optim={"lr": 5e-3, "weight_decay": 0.0})
-    for _ in range(400):
-        trainer.update()
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(trainer.model())
-    flags = ["--data", str(file), "--validation", str(file), "--agents", "q", "confidence", "--timing", "false",
-             "--resamples", "50", "--cache", "off", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
-    assert compare.main([str(path), *flags, "--out", str(tmp_path)]) == 0
-    assert "confidence" in capsys.readouterr().out
