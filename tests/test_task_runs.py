@@ -12,7 +12,7 @@ import torch
 from hrm_testing import small_config
 from task_testing import puzzles_of, tiny_core
 
-from agents import QHaltingAgent
+from agents import QHaltingAgent, make_agent
 from hrm_rl import compare, evaluate, train
 from hrm_rl.config import TrainConfig
 from hrm_rl.core import HRMCore
@@ -106,7 +106,7 @@ def test_compare_and_ensembles_know_the_task(tmp_path):
     options = SimpleNamespace(data="", limit=12, validation="", validation_limit=15)
     test, validation = compare._puzzles(options, loaded, loaded.core)
     assert (test.task, len(test), validation.task, len(validation)) == ("maze", 12, "maze", 15)
-    agent = QHaltingAgent(16, max_steps=2)
+    agent = make_agent(QHaltingAgent, core, 2, "extra_forward")
     shown, _ = relabelled(puzzles, 3)
     assert shown.rules.first_fault(*((t - 1).numpy() for t in (shown.questions, shown.answers)), True) is None
     run = solve_ensemble(core, agent, puzzles, 2, "best", 3, batch_size=8)

@@ -451,27 +451,20 @@ def _spread(grid: str, side: int) -> str:
 @lru_cache
 def _signed_symmetries(side: int) -> Symmetries:
     """The 8 of the square times the complement of the digits. Tokens: padding, blank, digits, < > ^ v, no sign."""
-    n = side
+    n, span = side, 2 * side - 1
     less, greater, up, down = range(n + 2, n + 6)
-    turned = of_the_square(2 * n - 1)
-    middle = np.arange((2 * n - 1) ** 2).reshape(2 * n - 1, -1)
+    turned = of_the_square(span)
     labels = np.tile(np.arange(n + 7), (16, 1))
+    # What the signs "smaller" and "larger" of the old grid are called along each direction in it, by a step's size:
+    signs = {1: (less, greater), -1: (greater, less), span: (up, down), -span: (down, up)}
     for k, cells in enumerate(turned):
-        at = cells.reshape(2 * n - 1, -1)
-        # Where a step to the right leads to in the grid that tokens are taken from.
-        step = int(at[0, 1] - at[0, 0]), int(at[1, 0] - at[0, 0])
-        right, below = 1, middle.shape[1]
-        facing = {right: (less, greater), -right: (greater, less), below: (up, down), -below: (down, up)}
-        # A token that lies along the new row (column) was one of these, seen from its smaller index:
-        for old, new in zip(facing[step[0]], (less, greater), strict=True):
-            labels[k, old] = new
-        for old, new in zip(facing[step[1]], (up, down), strict=True):
-            labels[k, old] = new
-    labels[8:] = labels[:8]
-    swap = np.arange(n + 7)
-    swap[2 : n + 2] = swap[2 : n + 2][::-1]
-    swap[[less, greater, up, down]] = greater, less, down, up
-    labels[8:] = swap[labels[8:]]
+        right, below = int(cells[1] - cells[0]), int(cells[span] - cells[0])  # old steps behind the new ones
+        for step, called in ((right, (less, greater)), (below, (up, down))):
+            labels[k, list(signs[step])] = called
+    reverse = np.arange(n + 7)
+    reverse[2 : n + 2] = reverse[2 : n + 2][::-1].copy()
+    reverse[[less, greater, up, down]] = greater, less, down, up
+    labels[8:] = reverse[labels[:8]]
     return Symmetries(np.concatenate((turned, turned)), labels)
 
 
