@@ -112,6 +112,8 @@ class TrainConfig:
         eval_puzzles: Test puzzles in an evaluation during training.
         checkpoint_every: Updates between two checkpoints; 0 saves at the end only.
         report_steps: Segments in the report's table, where that is more than max_steps.
+        log_gradient_cosine: Measure at logged updates how near the 1-step gradient is to the implicit and to the full
+            one (it costs about as much as ten updates).
         optim: The optimiser.
         core: The core.
     """
@@ -150,6 +152,7 @@ class TrainConfig:
     eval_puzzles: int = 256
     checkpoint_every: int = 500
     report_steps: int = 0
+    log_gradient_cosine: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
     core: CoreConfig = field(default_factory=small_core)
 

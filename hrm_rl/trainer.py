@@ -168,6 +168,10 @@ class Trainer:
         wanted = self.config.compile
         if wanted == "off" or not hasattr(self.core, "tail"):
             return False
+        if isinstance(self.core, RecurrentCore) and self.core.config.gradient == "implicit":
+            if wanted == "on":
+                raise UserError("compile=on: a solver's steps depend on its numbers (core.gradient=implicit)")
+            return False
         if not can_compile(self.device):
             if wanted == "on":
                 raise UserError("compile=on: no C++ compiler (CPU) or Triton (GPU) was found; use compile=off")
@@ -228,6 +232,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self._backward(losses["loss/total"])
         measure.record(self.sums, slots, transition, losses, q)
+        if isinstance(self.core, RecurrentCore) and self.learns_core:
+            measure.record_solver(self.sums, self.core)
         norms = measure.gradient_norms(self.trained)
         self.watch.see(losses | norms)
         if detailed or self.device.type == "cpu":
@@ -332,6 +338,11 @@ class Trainer:
             values |= measure.residuals(slots, self.previous, self.ranks)
         if self.learns_q and self.config.max_steps > 1:
             values |= self._drift()
+        if self.config.log_gradient_cosine and self.learns_core and isinstance(self.core, RecurrentCore):
+            state = State(slots.z_H, slots.z_L).detach()
+            cosines = measure.gradient_cosines(self.core, slots.tokens, slots.labels, state, self.config.loss)
+            means = self.ranks.total(list(cosines.values()))
+            values |= {f"gradient/{n}": v / self.ranks.world for n, v in zip(cosines, means, strict=True)}
         return values
 
     def check_finite(self) -> None:

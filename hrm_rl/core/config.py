@@ -10,7 +10,7 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LARGEST_SIZE = 1 << 24  # far above any core; keeps the products of sizes within 64 bits
-_LARGEST_NUMBER = {"expansion": 1024.0, "rope_theta": 1e12, "rms_norm_eps": 1.0}
+_LARGEST_NUMBER = {"expansion": 1024.0, "rope_theta": 1e12, "rms_norm_eps": 1.0, "solver_tol": 1.0}
 AUTO = torch.float32  # what a core computes in where nobody has chosen for the machine at hand
 
 
@@ -31,8 +31,12 @@ class CoreConfig:
         H_layers: Blocks of the high-level module.
         L_layers: Blocks of the low-level module.
         gradient: How far the gradient of a segment reaches back through its calls of f_L and f_H: one_step (through the
-            last call of each, as published), last_k (through the last gradient_k calls), full (through all of them).
+            last call of each, as published), last_k (through the last gradient_k calls), full (through all of them), or
+            implicit (a solver in place of the cycles, and the implicit function theorem).
         gradient_k: Calls that the gradient reaches (gradient=last_k).
+        solver: Of gradient=implicit: anderson (mixing of the last iterates) or iterate (plain repetition).
+        solver_tol: The relative residual |f(z) - z| / |f(z)| of a puzzle at which it stops, forward and backward.
+        solver_steps: Most evaluations of f, forward and backward each; a puzzle that is not there yet is counted.
         token_mixing: How positions exchange information: attention, mlp (over positions, as in TRM), or grid
             (fixed by the geometry of rows, columns and boxes, with a learned weight for each relation).
         positions: Positional information for attention: rope (rotary), learned (added to the embedding),
@@ -59,8 +63,11 @@ class CoreConfig:
     L_cycles: int = 2
     H_layers: int = 2
     L_layers: int = 2
-    gradient: Literal["one_step", "last_k", "full"] = "one_step"
+    gradient: Literal["one_step", "last_k", "full", "implicit"] = "one_step"
     gradient_k: int = 2
+    solver: Literal["anderson", "iterate"] = "anderson"
+    solver_tol: float = 1e-3
+    solver_steps: int = 30
     token_mixing: Literal["attention", "mlp", "grid"] = "attention"
     positions: Literal["rope", "learned", "grid", "none"] = "rope"
     rope_theta: float = 10000.0
@@ -74,14 +81,14 @@ class CoreConfig:
     def __post_init__(self) -> None:
         positive = (
             "vocab_size", "seq_len", "hidden_size", "num_heads", "inner_multiple", "H_cycles", "L_cycles",
-            "H_layers", "L_layers", "gradient_k", "num_puzzle_identifiers",
+            "H_layers", "L_layers", "gradient_k", "solver_steps", "num_puzzle_identifiers",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"core.{name} must be at least 1, not {getattr(self, name)}")
             if getattr(self, name) > _LARGEST_SIZE:
                 raise ValueError(f"core.{name} must be at most {_LARGEST_SIZE}, not {getattr(self, name)}")
-        for name in ("expansion", "rope_theta", "rms_norm_eps"):
+        for name in ("expansion", "rope_theta", "rms_norm_eps", "solver_tol"):
             if not 0 < getattr(self, name) <= _LARGEST_NUMBER[name]:  # so that NaN is out as well
                 most = f"{_LARGEST_NUMBER[name]:g}"
                 raise ValueError(f"core.{name} must be above 0 and at most {most}, not {getattr(self, name)}")
