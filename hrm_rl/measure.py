@@ -170,7 +170,7 @@ def gradient_cosines(
 ) -> dict[str, float]:
     """How near the 1-step gradient of one segment comes to what it stands for; waits for the device.
 
-    tokens, labels (B, S); state: detached, where the segment begins. `solver` changes solver, solver_tol, solver_steps.
+    tokens, labels (B, S); state: detached, where the segment begins. `solver`: settings of it.
     All are gradients of the supervised loss in all parameters of the core that are trained:
 
         cosine            1-step against implicit: the theorem applied where the segment ends, fixed point or not

@@ -37,6 +37,7 @@ class CoreConfig:
         solver: Of gradient=implicit: anderson (mixing of the last iterates) or iterate (plain repetition).
         solver_tol: The relative residual |f(z) - z| / |f(z)| of a puzzle at which it stops, forward and backward.
         solver_steps: Most evaluations of f, forward and backward each; a puzzle that is not there yet is counted.
+        solver_window: Iterates that anderson mixes: each is a copy of the state in memory.
         token_mixing: How positions exchange information: attention, mlp (over positions, as in TRM), or grid
             (fixed by the geometry of rows, columns and boxes, with a learned weight for each relation).
         positions: Positional information for attention: rope (rotary), learned (added to the embedding),
@@ -68,6 +69,7 @@ class CoreConfig:
     solver: Literal["anderson", "iterate"] = "anderson"
     solver_tol: float = 1e-3
     solver_steps: int = 30
+    solver_window: int = 10
     token_mixing: Literal["attention", "mlp", "grid"] = "attention"
     positions: Literal["rope", "learned", "grid", "none"] = "rope"
     rope_theta: float = 10000.0
@@ -81,7 +83,7 @@ class CoreConfig:
     def __post_init__(self) -> None:
         positive = (
             "vocab_size", "seq_len", "hidden_size", "num_heads", "inner_multiple", "H_cycles", "L_cycles",
-            "H_layers", "L_layers", "gradient_k", "solver_steps", "num_puzzle_identifiers",
+            "H_layers", "L_layers", "gradient_k", "solver_steps", "solver_window", "num_puzzle_identifiers",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:

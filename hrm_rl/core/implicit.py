@@ -35,8 +35,16 @@ from torch import Tensor
 
 from hrm_rl.core.base import State
 
-WINDOW = 6  # iterates that Anderson mixing combines
-RIDGE = 1e-10  # of its least squares, as a share of the mean squared residual
+RIDGE = 10  # of Anderson's least squares, in roundings of the dtype
+
+
+class Settings(NamedTuple):
+    """How to solve; the fields of `CoreConfig` without solver_."""
+
+    tol: float
+    steps: int
+    method: str = "anderson"
+    window: int = 10
 
 
 class Solution(NamedTuple):
@@ -47,13 +55,15 @@ class Solution(NamedTuple):
     steps: Tensor  # (B,) int64, evaluations of f until the tolerance was met, or all of them
 
 
-def solve(f: Callable[[Tensor], Tensor], start: Tensor, tol: float, steps: int, method: str = "anderson") -> Solution:
-    """A fixed point of f, (B, n) -> (B, n) row by row, from `start`, with at most `steps` evaluations of f.
+def solve(f: Callable[[Tensor], Tensor], start: Tensor, settings: Settings) -> Solution:
+    """A fixed point of f, (B, n) -> (B, n) row by row, from `start`, with at most `settings.steps` evaluations of f.
 
     method: "iterate" (z <- f(z)) or "anderson" (type II, Walker & Ni, SIAM J. Numer. Anal. 49, 2011: the next z is the
-    combination of the last WINDOW values of f whose combined residual is least). Rows stop on their own; a row that is
-    not finite is left behind with a residual that is not finite.
+    combination of the last `window` values of f whose combined residual is least; on a linear f, as in the backward
+    pass, that is GMRES as long as no value has left the window: Walker & Ni, theorem 2.2). Rows stop on their own; a
+    row that is not finite is left behind with a residual that is not finite.
     """
+    tol, steps, method, window = settings
     x, value = start, f(start)
     difference = value - x
     best, least = value, _relative(difference, value)
@@ -71,7 +81,7 @@ def solve(f: Callable[[Tensor], Tensor], start: Tensor, tol: float, steps: int, 
         best = torch.where(better[:, None], value, best)
         least = torch.where(better, residual, least)
         taken += running
-        values, differences = [*values, value][-WINDOW:], [*differences, difference][-WINDOW:]
+        values, differences = [*values, value][-window:], [*differences, difference][-window:]
     return Solution(best, least, taken)
 
 
@@ -81,18 +91,25 @@ def _relative(difference: Tensor, value: Tensor) -> Tensor:
 
 
 def _mix(values: list[Tensor], differences: list[Tensor]) -> Tensor:
-    """sum_i a_i values_i, with the a of sum 1 for which |sum_i a_i differences_i| is least; row by row."""
+    """sum_i a_i values_i, with the a of sum 1 for which |sum_i a_i differences_i| is least; row by row.
+
+    Differences shrink over many powers of ten, so each is measured by its own length, and the ridge with it.
+    """
     G = torch.stack(differences, dim=1)  # (B, k, n)
-    G = G / G.norm(dim=2, keepdim=True).mean(dim=1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
-    gram = torch.bmm(G, G.transpose(1, 2)).double()
-    ones = torch.ones(gram.shape[:2], dtype=gram.dtype, device=gram.device)
-    a, _ = torch.linalg.solve_ex(gram + torch.diag_embed(RIDGE * ones), ones)  # solve() would wait for the device
+    tiny = torch.finfo(G.dtype).tiny
+    length = G.norm(dim=2, keepdim=True).clamp(min=tiny)
+    unit = G / length
+    gram = torch.bmm(unit, unit.transpose(1, 2)).double()
+    share = (length.amin(dim=1, keepdim=True) / length)[..., 0].double()
+    ridge = torch.full_like(share, RIDGE * torch.finfo(G.dtype).eps)
+    c, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge), share)  # solve() would wait for the device
+    a = c * share
     a = (a / a.sum(dim=1, keepdim=True)).to(G.dtype)
     return torch.bmm(a[:, None], torch.stack(values, dim=1))[:, 0]
 
 
-def fixed_point(step: Callable[[State], State], state: State, tol: float, steps: int, method: str) -> State:
-    """Where repeating `step` leads, from `state`, with at most `steps` calls of it; see `solve`.
+def fixed_point(step: Callable[[State], State], state: State, settings: Settings) -> State:
+    """Where repeating `step` leads, from `state`, with at most `settings.steps` calls of it; see `solve`.
 
     A part of the state that `step` hands back as it is (the very tensor) is given, not solved for.
     """
@@ -102,11 +119,12 @@ def fixed_point(step: Callable[[State], State], state: State, tol: float, steps:
     def f(flat: Tensor) -> Tensor:
         return _flat(step(_unflat(flat, first, moved)), moved)
 
-    return _unflat(solve(f, _flat(first, moved), tol, max(1, steps - 1), method).z, first, moved)
+    settings = settings._replace(steps=max(1, settings.steps - 1))
+    return _unflat(solve(f, _flat(first, moved), settings).z, first, moved)
 
 
 def differentiated(
-    step: Callable[[State], State], state: State, tol: float, steps: int, method: str, solved: dict[str, Tensor]
+    step: Callable[[State], State], state: State, settings: Settings, solved: dict[str, Tensor]
 ) -> State:
     """step(state) at, or near, a fixed point, with the gradient of the implicit function theorem.
 
@@ -120,14 +138,14 @@ def differentiated(
     with torch.no_grad():
         solved["forward"] = _relative(flat - _flat(start, moved), flat)
     parts = [z for z, moves in zip(start, moved, strict=True) if moves]
-    return _unflat(_AtFixedPoint.apply(flat, (flat, parts), (tol, steps, method), solved), out, moved)
+    return _unflat(_AtFixedPoint.apply(flat, (flat, parts), settings, solved), out, moved)
 
 
 class _AtFixedPoint(torch.autograd.Function):
     """The identity on f(z); backward turns the gradient g there into u = g + J^T u, J the Jacobian of f at z."""
 
     @staticmethod
-    def forward(ctx, flat: Tensor, graph: tuple, settings: tuple, solved: dict[str, Tensor]) -> Tensor:
+    def forward(ctx, flat: Tensor, graph: tuple, settings: Settings, solved: dict[str, Tensor]) -> Tensor:
         ctx.graph, ctx.settings, ctx.solved = graph, settings, solved
         return flat.clone()
 
@@ -139,7 +157,7 @@ class _AtFixedPoint(torch.autograd.Function):
             products = torch.autograd.grad(flat, parts, u, retain_graph=True)
             return g + torch.cat([part.flatten(1) for part in products], dim=1).to(g.dtype)
 
-        solution = solve(f, g, *ctx.settings)
+        solution = solve(f, g, ctx.settings)
         ctx.solved["backward"] = solution.residual
         return solution.z, None, None, None
 

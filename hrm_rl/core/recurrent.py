@@ -183,13 +183,13 @@ class RecurrentCore(nn.Module):
             inputs = self.inputs(tokens, puzzle_ids)
             if self.config.gradient != "implicit":
                 return self.run(self.calls[: self.without_gradient], state, inputs)
-            return implicit.fixed_point(self._last_calls(inputs), state, *self._solver)
+            return implicit.fixed_point(self._last_calls(inputs), state, self._solver)
 
     def tail(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> CoreOutput:
         """The other calls and the output head, with gradient."""
         inputs = self.inputs(tokens, puzzle_ids)
         if self.config.gradient == "implicit" and torch.is_grad_enabled() and self._learns():
-            state = implicit.differentiated(self._last_calls(inputs), state, *self._solver, self.solved)
+            state = implicit.differentiated(self._last_calls(inputs), state, self._solver, self.solved)
         else:
             state = self.run(self.calls[self.without_gradient :], state, inputs)
         return CoreOutput(state, self.lm_head(state.z_H)[:, self.prefix_len :])
@@ -201,8 +201,9 @@ class RecurrentCore(nn.Module):
         return lambda state: self.run(self.calls[self.without_gradient :], state, inputs)
 
     @property
-    def _solver(self) -> tuple[float, int, str]:
-        return self.config.solver_tol, self.config.solver_steps, self.config.solver
+    def _solver(self) -> implicit.Settings:
+        c = self.config
+        return implicit.Settings(c.solver_tol, c.solver_steps, c.solver, c.solver_window)
 
     def forward(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> CoreOutput:
         """One segment from a detached state. tokens (B, S) int64; see `Core`."""

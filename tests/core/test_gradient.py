@@ -10,8 +10,8 @@ from hrm_testing import close, small_puzzles, small_trainer, tiny_config
 
 from hrm_rl import measure
 from hrm_rl.core import HRMCore, State, build_core
-from hrm_rl.core.implicit import solve
-from hrm_rl.core.recurrent import RecurrentCore
+from hrm_rl.core.implicit import Settings, solve
+from hrm_rl.core.recurrent import Inputs, RecurrentCore
 from hrm_rl.errors import UserError
 
 MODES = ("one_step", "last_k", "full", "implicit")
@@ -45,15 +45,19 @@ def unrolled(core, tokens, detach_before: int) -> dict[str, torch.Tensor]:
     """The published loop written out once more, z detached before call number `detach_before` (counted from 0)."""
     c, (z_H, z_L) = core.config, core.initial_state(len(tokens))
     x, rope = core.embed(tokens), (core.rope_cos, core.rope_sin)
+
+    def call(which, x):
+        return core.call(which, z_H, z_L, Inputs(x, rope, None))
+
     number = 0
     for _ in range(c.H_cycles):
         for step in range(c.L_cycles + 1):
             if number == detach_before:
                 z_H, z_L, x = z_H.detach(), z_L.detach(), core.embed(tokens)
             if step < c.L_cycles:
-                z_L = core.L_level(z_L, z_H + (x if number >= detach_before else x.detach()), rope, None)
+                z_L = call("L", x if number >= detach_before else x.detach())[1]
             else:
-                z_H = core.H_level(z_H, z_L, rope, None)
+                z_H = call("H", x)[0]
             number += 1
     value = (z_H * weight_of(core)).sum() + core.lm_head(z_H)[:, core.prefix_len :].square().sum()
     core.zero_grad()
@@ -224,9 +228,9 @@ def contraction(rate, n=40, rows=3):
 @pytest.mark.parametrize("tol", [1e-2, 1e-5, 1e-9])
 def test_tolerance(method, tol):
     f, exact = contraction(0.95)
-    found = solve(f, torch.zeros_like(exact), tol, 400, method)
+    found = solve(f, torch.zeros_like(exact), Settings(tol, 400, method))
     assert (found.residual <= tol).all() and (found.steps < 400).all()
-    shorter = solve(f, torch.zeros_like(exact), tol, int(found.steps.min()) - 1, method)
+    shorter = solve(f, torch.zeros_like(exact), Settings(tol, int(found.steps.min()) - 1, method))
     assert (shorter.residual > tol).all()  # not one step more than it takes
 
 
@@ -234,9 +238,19 @@ def test_anderson_needs_fewer_steps():
     """Rotations by less than a quarter turn: plain repetition is slow, and the mixing knows the direction."""
     A = 0.99 * torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)
     b = torch.ones(1, 2, dtype=torch.float64)
-    steps = {m: int(solve(lambda z: z @ A.T + b, torch.zeros_like(b), 1e-8, 5000, m).steps) for m in
+    steps = {m: int(solve(lambda z: z @ A.T + b, torch.zeros_like(b), Settings(1e-8, 5000, m)).steps) for m in
              ("anderson", "iterate")}  # fmt: skip
     assert steps["anderson"] <= 6 and steps["iterate"] > 200
+
+
+def test_anderson_solves_a_linear_expansion():
+    """With a window as wide as the problem it is GMRES, which needs no contraction; a narrow one is the control."""
+    A = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    b = torch.ones(1, 12, dtype=torch.float64)
+    assert torch.linalg.eigvals(A).abs().max() > 2
+    found = {w: solve(lambda z: z @ A.T + b, b, Settings(1e-8, 20, "anderson", w)) for w in (20, 2)}
+    close(found[20].z, b @ torch.linalg.inv(torch.eye(12, dtype=torch.float64) - A).T, 1e-5)
+    assert found[20].residual <= 1e-8 < 1e-2 < found[2].residual
 
 
 @pytest.mark.parametrize("method", ["anderson", "iterate"])
@@ -247,24 +261,26 @@ def test_rows_do_not_depend_on_each_other(method):
         return torch.cat((f(z[:1]), z[1:] + 1))
 
     start = torch.zeros_like(exact)
-    alone, beside = solve(f, start, 1e-4, 60, method), solve(both, start.repeat(2, 1), 1e-4, 60, method)
+    alone, beside = solve(f, start, Settings(1e-4, 60, method)), solve(
+        both, start.repeat(2, 1), Settings(1e-4, 60, method)
+    )
     close(beside.z[:1], alone.z, 1e-12)
     assert beside.steps[0] == alone.steps[0] < 60 and beside.steps[1] == 60 and beside.residual[1] > 1e-4
 
 
 @pytest.mark.parametrize("method", ["anderson", "iterate"])
 def test_what_is_not_finite_says_so(method):
-    found = solve(lambda z: z * float("nan"), torch.ones(2, 3), 1e-3, 10, method)
+    found = solve(lambda z: z * float("nan"), torch.ones(2, 3), Settings(1e-3, 10, method))
     assert found.residual.isnan().all()
     f, exact = contraction(0.5, rows=1)
-    found = solve(lambda z: torch.cat((f(z[:1]), z[1:] * float("nan"))), torch.zeros(2, 40, dtype=torch.float64), 1e-6,
-                  100, method)  # fmt: skip
+    found = solve(lambda z: torch.cat((f(z[:1]), z[1:] * float("nan"))), torch.zeros(2, 40, dtype=torch.float64),
+                  Settings(1e-6, 100, method))  # fmt: skip
     close(found.z[:1], exact, 1e-5)
     assert found.residual[0] <= 1e-6 and found.residual[1].isnan()
 
 
 def test_nothing_to_do():
-    found = solve(lambda z: z.clone(), torch.zeros(2, 3), 1e-3, 10)
+    found = solve(lambda z: z.clone(), torch.zeros(2, 3), Settings(1e-3, 10))
     assert found.residual.tolist() == [0, 0] and found.steps.tolist() == [1, 1]
 
 
