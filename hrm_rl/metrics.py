@@ -59,8 +59,13 @@ TAGS: dict[str, str] = {
     "gradient/backward_solved": "The same behind gradient/cosine_solved.",
     "gradient/missed": "Share of slots in which the linear solve behind gradient/cosine missed core.solver_tol.",
     "gradient/missed_solved": "The same behind gradient/cosine_solved.",
-    "param/max_times_decay": "Largest |weight| in the optimiser times weight decay: AdamW's bound says 1 "
-    "(Xie & Li, arXiv:2404.04454).",
+    "param/share_of_bound_adamw": "Largest |weight| of AdamW's parameters times weight decay: its bound says 1 "
+    "(Xie & Li, arXiv:2404.04454; `hrm_rl.optim.linf_bound`).",
+    "param/share_of_bound_adam_atan2": "The same of Adam-atan2's, over pi / 2: 1 is the worst case, 0.5 where a "
+    "gradient no longer changes.",
+    "param/share_of_bound_sign_sgd": "The same of sign-SGD's (puzzle embedding) times its own weight decay.",
+    "param/share_of_bound_muon": "The same of Muon's matrices, over 0.242 sqrt(longer side), which bounds their "
+    "largest singular value.",
     "optim/lr": "Learning rate of the logged update.",
     "eval/exact_accuracy": "Exact accuracy at the learned halt on the first eval_puzzles test puzzles.",
     "eval/exact_accuracy_last": "Exact accuracy on them at max_steps.",

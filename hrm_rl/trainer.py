@@ -38,7 +38,7 @@ from hrm_rl.errors import UserError, nearest
 from hrm_rl.losses import supervised_loss
 from hrm_rl.measure import FiniteWatch, NonFiniteError
 from hrm_rl.metrics import Sums
-from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, state_tensors
+from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, shares_of_bound, state_tensors
 from hrm_rl.parallel import ALONE, Ranks
 from hrm_rl.tasks import PuzzleSet, load_puzzles
 
@@ -332,8 +332,7 @@ class Trainer:
         raise_fault(self.agent, self.fault, f"update {self.step + 1} or one since the last logged update")
         values = {"optim/lr": self.schedule() * self.config.optim.lr}
         values |= {tag: norm.item() for tag, norm in norms.items()} | measure.memory_and_files()
-        largest = max(p.detach().abs().max().item() for p in self.trained.values())
-        values["param/max_times_decay"] = largest * self.config.optim.weight_decay
+        values |= {f"param/share_of_bound_{kind}": share for kind, share in shares_of_bound(self.optimizers).items()}
         if self.previous is not None:
             values |= measure.residuals(slots, self.previous, self.ranks)
         if self.learns_q and self.config.max_steps > 1:
