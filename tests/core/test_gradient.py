@@ -177,7 +177,7 @@ def test_full_tends_to_implicit():
 
 def test_gradient_check():
     """Finite differences of the solved segment itself (float64)."""
-    core, (tokens, _) = linear("implicit"), puzzles(1)
+    core, (tokens, _) = linear("implicit", hidden_size=4), puzzles(1)
     names = list(core.m)
 
     def solved_reading(*matrices):
