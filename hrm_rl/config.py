@@ -27,15 +27,18 @@ class OptimConfig:
     """The optimiser: one step a segment (deep supervision).
 
     Args:
-        optimizer: adamw for every parameter (the paper), or muon for the matrices of f_H and f_L and AdamW for
-            the rest (torch >= 2.9).
-        lr: Peak learning rate of AdamW.
+        optimizer: adamw for every parameter, adam_atan2 likewise (what the paper trains with), or muon for the
+            matrices of f_H and f_L and AdamW for the rest (torch >= 2.9).
+        lr: Peak learning rate of AdamW and Adam-atan2.
         muon_lr: Peak learning rate of Muon.
         muon_momentum: Momentum of Muon.
         weight_decay: Decoupled weight decay, on every parameter as released.
+        embedding: What trains the puzzle embedding: adamw like the rest, or sign_sgd (the release).
+        embedding_lr: Peak learning rate of sign_sgd.
+        embedding_weight_decay: Weight decay of sign_sgd.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
-        eps: Added to the root of the second moment.
+        eps: Added to the root of the second moment (AdamW).
         warmup_steps: Updates over which the learning rate rises linearly from 0.
         schedule: What follows the warm-up: constant (the release), or a linear or cosine decay.
         final_lr: Where a decay ends, as a share of lr.
@@ -43,11 +46,14 @@ class OptimConfig:
         ema: Decay of the running average of the weights that evaluation uses; 0 is off.
     """
 
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["adamw", "muon", "adam_atan2"] = "muon"
     lr: float = 2e-3
     muon_lr: float = 5e-3
     muon_momentum: float = 0.95
     weight_decay: float = 0.1
+    embedding: Literal["adamw", "sign_sgd"] = "adamw"
+    embedding_lr: float = 1e-4
+    embedding_weight_decay: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -59,8 +65,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check("optim", self, lr=(0, None), muon_lr=(0, None), muon_momentum=(0, 1), weight_decay=(0, None),
-               beta1=(0, 1), beta2=(0, 1), eps=(0, None), warmup_steps=(0, None), final_lr=(0, 1),
-               grad_clip=(0, None), ema=(0, 1))  # fmt: skip
+               embedding_lr=(0, None), embedding_weight_decay=(0, None), beta1=(0, 1), beta2=(0, 1), eps=(0, None),
+               warmup_steps=(0, None), final_lr=(0, 1), grad_clip=(0, None), ema=(0, 1))  # fmt: skip
 
 
 def small_core() -> CoreConfig:
@@ -119,6 +125,8 @@ class TrainConfig:
         eval_puzzles: Test puzzles in an evaluation during training.
         checkpoint_every: Updates between two checkpoints; 0 saves at the end only.
         report_steps: Segments in the report's table, where that is more than max_steps.
+        log_gradient_cosine: Measure at logged updates how near the 1-step gradient is to the implicit and to the full
+            one (it costs about as much as ten updates).
         optim: The optimiser.
         core: The core.
     """
@@ -157,6 +165,7 @@ class TrainConfig:
     eval_puzzles: int = 256
     checkpoint_every: int = 500
     report_steps: int = 0
+    log_gradient_cosine: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
     core: CoreConfig = field(default_factory=small_core)
 

@@ -38,7 +38,7 @@ from hrm_rl.errors import UserError
 from hrm_rl.losses import supervised_loss
 from hrm_rl.measure import FiniteWatch, NonFiniteError
 from hrm_rl.metrics import Sums
-from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, state_tensors
+from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, shares_of_bound, state_tensors
 from hrm_rl.parallel import ALONE, Ranks
 from hrm_rl.tasks import PuzzleSet, load_puzzles
 from hrm_rl.tasks.registry import DEFAULT_TASK
@@ -178,6 +178,10 @@ class Trainer:
         wanted = self.config.compile
         if wanted == "off" or not hasattr(self.core, "tail"):
             return False
+        if isinstance(self.core, RecurrentCore) and self.core.config.gradient == "implicit":
+            if wanted == "on":
+                raise UserError("compile=on: a solver's steps depend on its numbers (core.gradient=implicit)")
+            return False
         if not can_compile(self.device):
             if wanted == "on":
                 raise UserError("compile=on: no C++ compiler (CPU) or Triton (GPU) was found; use compile=off")
@@ -239,6 +243,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self._backward(losses["loss/total"])
         measure.record(self.sums, slots, transition, losses, q)
+        if isinstance(self.core, RecurrentCore) and self.learns_core:
+            measure.record_solver(self.sums, self.core)
         norms = measure.gradient_norms(self.trained)
         self.watch.see(losses | norms)
         if detailed or self.device.type == "cpu":
@@ -337,12 +343,16 @@ class Trainer:
         raise_fault(self.agent, self.fault, f"update {self.step + 1} or one since the last logged update")
         values = {"optim/lr": self.schedule() * self.config.optim.lr}
         values |= {tag: norm.item() for tag, norm in norms.items()} | measure.memory_and_files()
-        largest = max(p.detach().abs().max().item() for p in self.trained.values())
-        values["param/max_times_decay"] = largest * self.config.optim.weight_decay
+        values |= {f"param/share_of_bound_{kind}": share for kind, share in shares_of_bound(self.optimizers).items()}
         if self.previous is not None:
             values |= measure.residuals(slots, self.previous, self.ranks)
         if self.learns_q and self.config.max_steps > 1:
             values |= self._drift()
+        if self.config.log_gradient_cosine and self.learns_core and isinstance(self.core, RecurrentCore):
+            state = State(slots.z_H, slots.z_L).detach()
+            cosines = measure.gradient_cosines(self.core, slots.tokens, slots.labels, state, self.config.loss)
+            means = self.ranks.total(list(cosines.values()))
+            values |= {f"gradient/{n}": v / self.ranks.world for n, v in zip(cosines, means, strict=True)}
         return values
 
     def check_finite(self) -> None:

@@ -26,7 +26,8 @@ def test_the_paper_recipe_is_the_papers():
     config = read_options(cli.parse(build_parser(), ["--config", str(path)]))[0]
     assert (config.num_envs, config.max_steps, config.loss, config.bootstrap) == (768, 16, "stablemax", "extra_forward")
     o, c = config.optim, config.core
-    assert (o.optimizer, o.lr, o.weight_decay, o.ema) == ("adamw", 1e-4, 1.0, 0)
+    assert (o.optimizer, o.lr, o.weight_decay, o.ema) == ("adam_atan2", 1e-4, 1.0, 0)
+    assert (o.embedding, o.embedding_lr, o.embedding_weight_decay) == ("sign_sgd", 1e-4, 1.0)
     assert (o.warmup_steps, o.schedule, o.grad_clip) == (2000, "constant", 0)
     assert (c.token_mixing, c.positions, c.hidden_size, c.H_layers, c.L_layers) == ("attention", "rope", 512, 4, 4)
     assert config.curriculum == (0, 0) and config.clues == (0, 0)

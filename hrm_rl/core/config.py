@@ -11,7 +11,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LARGEST_SIZE = 1 << 24  # far above any core; keeps the products of sizes within 64 bits
 _MOST_CYCLES = 1 << 16  # H_cycles * L_cycles, which is about how many calls a segment lists
-_LARGEST_NUMBER = {"expansion": 1024.0, "rope_theta": 1e12, "rms_norm_eps": 1.0}
+_LARGEST_NUMBER = {"expansion": 1024.0, "rope_theta": 1e12, "rms_norm_eps": 1.0, "solver_tol": 1.0}
 AUTO = torch.float32  # what a core computes in where nobody has chosen for the machine at hand
 
 
@@ -34,8 +34,13 @@ class CoreConfig:
         L_layers: Blocks of the low-level module (trm: of its only network).
         gradient: How far the gradient of a segment reaches back through its calls of f_L and f_H: auto (as the core was
             published: trm through its last recursion, all others by one_step), one_step (through the last call of
-            each), last_k (through the last gradient_k calls), full (through all of them).
+            each), last_k (through the last gradient_k calls), full (through all of them), or implicit (a solver in
+            place of the cycles, and the implicit function theorem).
         gradient_k: Calls that the gradient reaches (gradient=last_k).
+        solver: Of gradient=implicit: anderson (mixing of the last iterates) or iterate (plain repetition).
+        solver_tol: The relative residual |f(z) - z| / |f(z)| of a puzzle at which it stops, forward and backward.
+        solver_steps: Most evaluations of f, forward and backward each; a puzzle that is not there yet is counted.
+        solver_window: Iterates that anderson mixes: each is a copy of the state in memory.
         token_mixing: How positions exchange information: attention, mlp (over positions, as in TRM), or grid
             (fixed by the geometry of the grid, with a learned weight for each relation).
         positions: Positional information for attention: rope (rotary), learned (added to the embedding),
@@ -65,8 +70,12 @@ class CoreConfig:
     L_cycles: int = 2
     H_layers: int = 2
     L_layers: int = 2
-    gradient: Literal["auto", "one_step", "last_k", "full"] = "auto"
+    gradient: Literal["auto", "one_step", "last_k", "full", "implicit"] = "auto"
     gradient_k: int = 2
+    solver: Literal["anderson", "iterate"] = "anderson"
+    solver_tol: float = 1e-3
+    solver_steps: int = 30
+    solver_window: int = 10
     token_mixing: Literal["attention", "mlp", "grid"] = "attention"
     positions: Literal["rope", "learned", "grid", "none"] = "rope"
     geometry: Literal["auto", "boxes", "neighbours", "lines", "signs"] = "auto"
@@ -81,7 +90,7 @@ class CoreConfig:
     def __post_init__(self) -> None:
         positive = (
             "vocab_size", "seq_len", "hidden_size", "num_heads", "inner_multiple", "H_cycles", "L_cycles",
-            "H_layers", "L_layers", "gradient_k", "num_puzzle_identifiers",
+            "H_layers", "L_layers", "gradient_k", "solver_steps", "solver_window", "num_puzzle_identifiers",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
@@ -91,7 +100,7 @@ class CoreConfig:
         if self.H_cycles * self.L_cycles > _MOST_CYCLES:
             product = f"{self.H_cycles} * {self.L_cycles}"
             raise ValueError(f"core.H_cycles * core.L_cycles must be at most {_MOST_CYCLES}, not {product}")
-        for name in ("expansion", "rope_theta", "rms_norm_eps"):
+        for name in ("expansion", "rope_theta", "rms_norm_eps", "solver_tol"):
             if not 0 < getattr(self, name) <= _LARGEST_NUMBER[name]:  # so that NaN is out as well
                 most = f"{_LARGEST_NUMBER[name]:g}"
                 raise ValueError(f"core.{name} must be above 0 and at most {most}, not {getattr(self, name)}")

@@ -2,7 +2,8 @@
 
 A segment is a row of calls, each of which updates one of the two states; a core says which networks it has and in what
 order they are called. The first calls run without gradient (`prefix`), the others with it (`tail`); `gradient` says how
-many those are.
+many those are. With gradient=implicit the calls before the last of each network are replaced by a solver that looks for
+their fixed point (`core/implicit.py`).
 
 Letters: B puzzles, S tokens, P prefix positions, D hidden size, V token values.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrm_rl.core import implicit
 from hrm_rl.core.base import CoreOutput, State
 from hrm_rl.core.config import AUTO, DTYPES, CoreConfig
 from hrm_rl.core.layers import (
@@ -70,6 +73,9 @@ class RecurrentCore(nn.Module):
 
     #: The calls of one segment in their order, by names that `call` knows.
     calls: tuple[str, ...]
+    #: gradient=implicit: how far the solvers came, relative residuals (B,), detached: "forward" of the latest segment
+    #: that was run with gradient, "backward" of the latest backward pass.
+    solved: dict[str, Tensor]
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
@@ -84,6 +90,7 @@ class RecurrentCore(nn.Module):
         super().__init__()
         config = config if config.kind == self.kind else replace(config, kind=self.kind)
         self.config = config
+        self.solved = {}
         c = config
         D = c.hidden_size
         self.hidden_size = D
@@ -181,27 +188,49 @@ class RecurrentCore(nn.Module):
         """How many calls of a segment, from its first on, run without gradient."""
         c = self.config
         every = len(self.calls)
-        reached = {"auto": self.published, "one_step": self.one_step, "last_k": c.gradient_k, "full": every}[c.gradient]
+        reached = {"auto": self.published, "one_step": self.one_step, "last_k": c.gradient_k, "full": every,
+                   "implicit": self.one_step}[c.gradient]  # fmt: skip
         return max(0, len(self.calls) - reached)
 
+    def run(self, calls: tuple[str, ...], state: State, inputs: Inputs) -> State:
+        """Some calls, one after the other."""
+        z_H, z_L = state
+        for which in calls:
+            z_H, z_L = self.call(which, z_H, z_L, inputs)
+        return State(z_H, z_L)
+
     def prefix(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> State:
-        """The first calls of a segment, without gradient (with the 1-step gradient: all but the last of each level)."""
-        if not self.without_gradient:
+        """The first calls of a segment, without gradient (with the 1-step gradient: all but the last of each level).
+
+        With gradient=implicit: where repeating the other calls leads, as near as the solver comes.
+        """
+        if not self.without_gradient and self.config.gradient != "implicit":
             return state
         with torch.no_grad():
             inputs = self.inputs(tokens, puzzle_ids)
-            z_H, z_L = state
-            for which in self.calls[: self.without_gradient]:
-                z_H, z_L = self.call(which, z_H, z_L, inputs)
-        return State(z_H, z_L)
+            if self.config.gradient != "implicit":
+                return self.run(self.calls[: self.without_gradient], state, inputs)
+            return implicit.fixed_point(self._last_calls(inputs), state, self._solver)
 
     def tail(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> CoreOutput:
         """The other calls and the output head, with gradient."""
         inputs = self.inputs(tokens, puzzle_ids)
-        z_H, z_L = state
-        for which in self.calls[self.without_gradient :]:
-            z_H, z_L = self.call(which, z_H, z_L, inputs)
-        return CoreOutput(State(z_H, z_L), self.lm_head(z_H)[:, self.prefix_len :])
+        if self.config.gradient == "implicit" and torch.is_grad_enabled() and self._learns():
+            state = implicit.differentiated(self._last_calls(inputs), state, self._solver, self.solved)
+        else:
+            state = self.run(self.calls[self.without_gradient :], state, inputs)
+        return CoreOutput(state, self.lm_head(state.z_H)[:, self.prefix_len :])
+
+    def _learns(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
+
+    def _last_calls(self, inputs: Inputs) -> Callable[[State], State]:
+        return lambda state: self.run(self.calls[self.without_gradient :], state, inputs)
+
+    @property
+    def _solver(self) -> implicit.Settings:
+        c = self.config
+        return implicit.Settings(c.solver_tol, c.solver_steps, c.solver, c.solver_window)
 
     def forward(self, tokens: Tensor, state: State, puzzle_ids: Tensor | None = None) -> CoreOutput:
         """One segment from a detached state. tokens (B, S) int64; see `Core`."""
