@@ -95,9 +95,11 @@ def run(
         try:
             session.go(config, find_agent_class(agent), arguments, fresh)
         except UserError as error:
-            if not isinstance(error.__cause__, NonFiniteError):
+            # An agent meets weights that are not finite before the loss does, and its scores are refused.
+            lost = isinstance(error.__cause__, NonFiniteError)
+            if not lost and "there is a NaN in it" not in str(error):
                 raise
-            status, reason = "diverged", str(error.__cause__)
+            status, reason = "diverged", str(error.__cause__ if lost else error)
     found = read_measures(runs / folder / "measures")
     ends = session.ends if status == "finished" else {}
     return [RunResult(name, seed, status, reason, time.perf_counter() - began, **found, **ends, changes=changes)]

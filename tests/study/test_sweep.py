@@ -91,6 +91,14 @@ def test_results_of_two_tries_and_damaged_files(tmp_path):
     assert not (runs / ".a.safetensors.123").exists() and (runs / "a.safetensors").exists()
 
 
+def test_runs_that_share_a_tensor_are_saved(tmp_path):
+    import dataclasses
+
+    one = study_stand_ins.result("a", 0)
+    save_results(tmp_path / "a.safetensors", [one, dataclasses.replace(one, seed=1)])
+    assert [run.seed for run in load_results(tmp_path / "a.safetensors")] == [0, 1]
+
+
 def test_a_full_disk_is_told_and_stops(tmp_path, monkeypatch):
     def full(path, results):
         raise OSError(28, "No space left on device")
