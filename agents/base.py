@@ -35,11 +35,12 @@ class View(NamedTuple):
     steps: Tensor  # (B,) int64, m: segments run in this episode, this one included; 1 is the first
     valid: Tensor  # (B,) bool, False for a padded slot
     key: Tensor  # (B,) int64, random key of the episode (hrm_rl.rng)
-    tokens: Tensor | None = None  # (B, S) int64, the puzzle: 0 padding, 1 blank, digit d = d + 1
+    tokens: Tensor | None = None  # (B, S) int64, the puzzle: 0 padding; Sudoku: 1 blank, digit d = d + 1
     previous_z_H: Tensor | None = None  # (B, T, D) after segment m - 1; at step 1 the core's initial state
     previous_answer: Tensor | None = None  # (B, S) int64 of segment m - 1; at step 1 all 0 (padding): none yet
     previous_logits: Tensor | None = None  # (B, S, V) float32 of segment m - 1; at step 1 all 0: uniform
     is_correct: Tensor | None = None  # (B,) bool, the oracle's channel: only evaluation fills it, training refuses
+    free: Tensor | None = None  # (B, S) bool, cells whose answer the puzzle leaves open; None: those of token 1
 
 
 class Transition(NamedTuple):
@@ -145,12 +146,14 @@ class HaltingAgent(nn.Module):
             self.memory = held
 
 
-def view_of(slots: Slots, z_H: Tensor | None = None) -> View:
-    """What an agent sees of an environment's slots. `z_H` replaces theirs (a detached one)."""
+def view_of(slots: Slots, z_H: Tensor | None = None, open_token: int = 1) -> View:
+    """What an agent sees of an environment's slots. `z_H` replaces theirs (a detached one).
+
+    open_token: what stands in a puzzle where the answer is not given (`hrm_rl.tasks.Task`)."""
     return View(
         slots.z_H if z_H is None else z_H, slots.logits.detach(), slots.steps, slots.valid,
         rng.fold(slots.key, slots.episode), slots.tokens, slots.previous_z_H, slots.previous_answer,
-        slots.previous_logits,
+        slots.previous_logits, free=None if open_token == 1 else slots.tokens == open_token,
     )  # fmt: skip
 
 

@@ -13,14 +13,14 @@ at the budget alone: the others are past. It costs no segment more than acting d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from agents import q_targets, returns
-from agents.base import Transition
+from agents.base import HaltingAgent, Transition
 from agents.episode import remember
 from agents.q_halting import QHaltingAgent
 from hrm_rl.errors import UserError
@@ -51,15 +51,34 @@ class LambdaAgent(QHaltingAgent):
         self.lam = lam
 
     def loss(self, transition: Transition) -> q_targets.QLosses:
-        view, episode = transition.view, remember(self, transition)
-        q_logits = self.scores(episode.z_H.flatten(0, 1)).unflatten(0, episode.ran.shape)  # (B, M, 2)
-        rewards = episode.is_correct * episode.now  # HALT earns its reward where the episode ends
-        target = returns.lambda_returns(rewards, returns.greedy_next_values(q_logits), episode.now, self.lam)
-        at_limit = view.steps >= self.max_steps  # there CONTINUE counts as HALT (`q_targets.grounded_target`)
-        learned = episode.ran & (~episode.now | at_limit[:, None]) & episode.done[:, None]
-        q_continue = q_logits[..., 1].float()
-        each = F.binary_cross_entropy_with_logits(q_continue, target, reduction="none")
-        td_error = ((target - q_continue.detach().sigmoid()).abs() * learned).sum(1) / learned.sum(1).clamp(min=1)
-        target_halt = q_targets.halt_target(transition.is_correct)
-        here = q_targets.q_losses(transition.q_logits, target_halt, target_halt, view.valid, torch.zeros_like(at_limit))
-        return here._replace(cont=(each * learned).sum(1), td_error_continue=td_error, has_continue=learned.any(1))
+        return lambda_losses(self, transition, self.lam)
+
+
+def lambda_losses(
+    agent: HaltingAgent, transition: Transition, lam: float, gamma: float = 1.0, ponder_cost: float = 0.0,
+    loss: q_targets.Loss = "bce", value: Callable[[Tensor], Tensor] | None = None,
+) -> q_targets.QLosses:  # fmt: skip
+    """Losses under the lambda-return, slot by slot: HALT at every step, CONTINUE where the episode ends.
+
+    value: (K, 1, D) -> (K, 2) q_logits that the return bootstraps from (a target network); None: the agent's own.
+    Call it once in every `loss`: it keeps the episode in the agent's memory.
+    """
+    view, episode = transition.view, remember(agent, transition)
+    tokens = episode.z_H.flatten(0, 1)
+    q_logits = agent.scores(tokens).unflatten(0, episode.ran.shape)  # (B, M, 2)
+    valued_by = q_logits if value is None else value(tokens).unflatten(0, episode.ran.shape)
+    price = ponder_cost * (episode.ran & ~episode.now)
+    rewards = episode.is_correct * episode.now - price  # HALT earns its reward where the episode ends
+    next_values = returns.greedy_next_values(valued_by, loss)
+    target = returns.lambda_returns(rewards, next_values, episode.now, lam, gamma)
+    at_limit = view.steps >= agent.max_steps  # there CONTINUE counts as HALT (`q_targets.grounded_target`)
+    learned = episode.ran & (~episode.now | at_limit[:, None]) & episode.done[:, None]
+    q_continue = q_logits[..., 1]
+    each = q_targets.element_losses(q_continue, target, loss)
+    td_error = (target - q_targets.q_values(q_continue.detach(), loss)).abs() * learned
+    target_halt, nowhere = q_targets.halt_target(transition.is_correct), torch.zeros_like(at_limit)
+    here = q_targets.q_losses(transition.q_logits, target_halt, target_halt, view.valid, nowhere, loss)
+    return here._replace(
+        cont=(each * learned).sum(1), td_error_continue=td_error.sum(1) / learned.sum(1).clamp(min=1),
+        has_continue=learned.any(1),
+    )  # fmt: skip

@@ -83,17 +83,12 @@ class QHaltingAgent(HaltingAgent):
         return floors.floor(view.key, view.steps, self.max_steps, self.epsilon, per_step)
 
     def loss(self, transition: Transition) -> q_targets.QLosses:
-        view, continued = transition.view, ~transition.ended
-        if transition.next_z_H is None:  # bootstrap=none, or a budget of one segment
-            target_continue = torch.zeros_like(view.steps, dtype=torch.float32)
-            has_continue = torch.zeros_like(continued)
-        else:
+        view, next_q_logits = transition.view, None
+        if transition.next_z_H is not None:  # None: bootstrap=none, or a budget of one segment
             with torch.no_grad():
                 next_q_logits = self.scores(transition.next_z_H)
-            at_limit = view.steps >= self.max_steps
-            target_continue = q_targets.continue_target(next_q_logits, at_limit)
-            if self.bootstrap != "extra_forward":
-                target_continue = q_targets.grounded_target(target_continue, transition.is_correct, at_limit)
-            has_continue = q_targets.continue_mask(self.bootstrap, continued, at_limit)
+        target_continue, has_continue = q_targets.one_step_targets(
+            self.bootstrap, next_q_logits, transition.is_correct, view.steps >= self.max_steps, transition.ended
+        )
         target_halt = q_targets.halt_target(transition.is_correct)
         return q_targets.q_losses(transition.q_logits, target_halt, target_continue, view.valid, has_continue)

@@ -94,31 +94,51 @@ def continue_mask(bootstrap: str, continued: Tensor, at_limit: Tensor) -> Tensor
     raise ValueError(f"unknown bootstrap {bootstrap!r}; choose one of {', '.join(BOOTSTRAPS)}")
 
 
+def one_step_targets(
+    bootstrap: str, next_q_logits: Tensor | None, is_correct: Tensor, at_limit: Tensor, ended: Tensor,
+    gamma: float = 1.0, ponder_cost: float = 0.0, chosen_by: Tensor | None = None, loss: Loss = "bce",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(target (B,) float32 without gradient, has_target (B,) bool) of CONTINUE, as the bootstrap mode has it.
+
+    next_q_logits (B, 2) of the segment bootstrapped from; None where there is none (bootstrap=none, or a budget of
+    one segment). is_correct, at_limit, ended (B,) bool; the rest as for `continue_target`.
+    """
+    if next_q_logits is None:
+        return torch.zeros_like(is_correct, dtype=torch.float32), torch.zeros_like(ended)
+    target = continue_target(next_q_logits, at_limit, gamma, ponder_cost, chosen_by, loss)
+    if bootstrap != "extra_forward":
+        target = grounded_target(target, is_correct, at_limit)
+    return target, continue_mask(bootstrap, ~ended, at_limit)
+
+
 class QLosses(NamedTuple):
-    """Binary cross entropies of both actions and the TD errors. B slots; masked slots hold 0."""
+    """Losses of both actions (binary cross entropies unless said otherwise) and the TD errors. B slots; masked slots
+    hold 0. Values are `q_values`."""
 
     halt: Tensor  # (B,) BCE(q_halt, G_halt)
     cont: Tensor  # (B,) BCE(q_continue, G_continue)
-    td_error_halt: Tensor  # (B,) G_halt - sigmoid(q_halt), no gradient
-    td_error_continue: Tensor  # (B,) G_continue - sigmoid(q_continue), no gradient
+    td_error_halt: Tensor  # (B,) G_halt - value of HALT, no gradient
+    td_error_continue: Tensor  # (B,) G_continue - value of CONTINUE, no gradient
     has_continue: Tensor  # (B,) bool, slots that have a continue target (padding has none)
 
 
 def q_losses(
-    q_logits: Tensor, target_halt: Tensor, target_continue: Tensor, valid: Tensor, has_continue: Tensor
-) -> QLosses:
+    q_logits: Tensor, target_halt: Tensor, target_continue: Tensor, valid: Tensor, has_continue: Tensor,
+    loss: Loss = "bce",
+) -> QLosses:  # fmt: skip
     """The Q-objective per slot, in the released scale once summed and divided by B.
 
     q_logits (B, 2) with gradient; target_halt, target_continue (B,) without; valid (B,) bool leaves out
     padding (the released code counts a padded row as a right answer and trains q_halt on it: here the
-    mask says no); has_continue (B,) bool as `continue_mask` gives it.
+    mask says no); has_continue (B,) bool as `continue_mask` gives it; loss as for `element_losses`. The TD errors are
+    those of the targets as they are, also where the cross entropy cuts them to [0, 1].
     """
     q_halt, q_continue = q_logits.float().unbind(dim=-1)
     on_halt, on_continue = valid.float(), (valid & has_continue).float()
-    values = q_logits.detach().float().sigmoid()
+    values = q_values(q_logits.detach(), loss)
     return QLosses(
-        halt=F.binary_cross_entropy_with_logits(q_halt, target_halt, reduction="none") * on_halt,
-        cont=F.binary_cross_entropy_with_logits(q_continue, target_continue, reduction="none") * on_continue,
+        halt=element_losses(q_halt, target_halt, loss) * on_halt,
+        cont=element_losses(q_continue, target_continue, loss) * on_continue,
         td_error_halt=(target_halt - values[:, 0]) * on_halt,
         td_error_continue=(target_continue - values[:, 1]) * on_continue,
         has_continue=valid & has_continue,

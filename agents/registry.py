@@ -24,6 +24,7 @@ from agents.monte_carlo import MonteCarloAgent
 from agents.oracle import OracleAgent
 from agents.ponder import PonderAgent
 from agents.q_halting import QHaltingAgent
+from agents.q_variant import QVariantAgent
 from agents.random_stop import RandomAgent
 from agents.reinforce import ReinforceAgent
 from agents.residual import ResidualAgent
@@ -42,8 +43,8 @@ AGENTS: dict[str, type[HaltingAgent]] = {
     "confidence": ConfidenceAgent, "confidence_min": ConfidenceMinAgent, "entropy": EntropyAgent,
     "margin": MarginAgent, "stability": StabilityAgent, "residual": ResidualAgent, "residual_max": ResidualMaxAgent,
     "cosine": CosineAgent, "kl": KLAgent, "second_order": SecondOrderAgent,
-    "mc": MonteCarloAgent, "lambda": LambdaAgent, "sarsa": SarsaAgent, "bce": HaltBCEAgent, "act": GravesAgent,
-    "ponder": PonderAgent, "reinforce": ReinforceAgent,
+    "mc": MonteCarloAgent, "lambda": LambdaAgent, "sarsa": SarsaAgent, "q_variant": QVariantAgent,
+    "bce": HaltBCEAgent, "act": GravesAgent, "ponder": PonderAgent, "reinforce": ReinforceAgent,
     "sb3.DQN": DQNAgent, "sb3.PPO": PPOAgent, "sb3.A2C": A2CAgent,
 }  # fmt: skip
 

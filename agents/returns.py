@@ -33,9 +33,9 @@ def lambda_returns(
     return torch.stack(returns[::-1], dim=1)
 
 
-def greedy_next_values(q_logits: Tensor) -> Tensor:
+def greedy_next_values(q_logits: Tensor, loss: Loss = "bce") -> Tensor:
     """max_a Q of the step after, q_logits (B, L, 2) -> (B, L) without gradient; the last column holds 0."""
-    values = q_logits.detach().float().sigmoid().amax(dim=-1)
+    values = q_values(q_logits.detach(), loss).amax(dim=-1)
     return torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), dim=1)
 
 

@@ -8,14 +8,14 @@ core but at the budget, where CONTINUE counts as HALT; that of q_halt does every
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from agents import q_targets, returns
-from agents.base import Transition
+from agents.base import HaltingAgent, Transition
 from agents.q_halting import QHaltingAgent
 
 
@@ -40,20 +40,32 @@ class SarsaAgent(QHaltingAgent):
         super().__init__(core, max_steps, "next_observation", epsilon, exploration, q_bias, threshold)
 
     def loss(self, transition: Transition) -> q_targets.QLosses:
-        view, q_logits = transition.view, transition.q_logits
-        z_H = view.z_H[:, :1].float()
-        before = self.recall("z_H", view, torch.zeros_like(z_H))
-        self.keep("z_H", z_H)
-        at_limit, goes_on = view.steps >= self.max_steps, view.valid & (view.steps > 1)
-        losses = q_targets.q_losses(
-            q_logits, q_targets.halt_target(transition.is_correct),
-            q_targets.halt_target(transition.is_correct), view.valid, at_limit,
-        )  # fmt: skip
-        target = returns.sarsa_target(q_logits, transition.actions)
-        q_continue = self.scores(before)[:, 1].float()
-        late = F.binary_cross_entropy_with_logits(q_continue, target, reduction="none") * goes_on
-        td_error = (target - q_continue.detach().sigmoid()).abs() * goes_on + losses.td_error_continue.abs()
-        count = goes_on.int() + losses.has_continue.int()  # two at the budget: the step before's and its own
-        return losses._replace(
-            cont=losses.cont + late, td_error_continue=td_error / count.clamp(min=1), has_continue=count > 0
-        )
+        return sarsa_losses(self, transition)
+
+
+def sarsa_losses(
+    agent: HaltingAgent, transition: Transition, gamma: float = 1.0, ponder_cost: float = 0.0,
+    loss: q_targets.Loss = "bce", value: Callable[[Tensor], Tensor] | None = None,
+) -> q_targets.QLosses:  # fmt: skip
+    """SARSA's losses, slot by slot: HALT at every step, CONTINUE of the step before from the action taken here.
+
+    value: (B, T, D) -> q_logits (B, 2) that value this action (a target network); None: the agent's own.
+    Call it once in every `loss`: it keeps the step before in the agent's memory.
+    """
+    view, q_logits = transition.view, transition.q_logits
+    z_H = view.z_H[:, :1].float()
+    before = agent.recall("z_H", view, torch.zeros_like(z_H))
+    agent.keep("z_H", z_H)
+    at_limit, goes_on = view.steps >= agent.max_steps, view.valid & (view.steps > 1)
+    reward = q_targets.halt_target(transition.is_correct)
+    losses = q_targets.q_losses(q_logits, reward, reward, view.valid, at_limit, loss)
+    valued_by = q_logits if value is None else value(view.z_H)
+    target = returns.sarsa_target(valued_by, transition.actions, gamma, ponder_cost, loss)
+    q_continue = agent.scores(before)[:, 1]
+    late = q_targets.element_losses(q_continue, target, loss) * goes_on
+    td_error = (target - q_targets.q_values(q_continue.detach(), loss)).abs() * goes_on
+    count = goes_on.int() + losses.has_continue.int()  # two at the budget: the step before's and its own
+    return losses._replace(
+        cont=losses.cont + late, has_continue=count > 0,
+        td_error_continue=(td_error + losses.td_error_continue.abs()) / count.clamp(min=1),
+    )  # fmt: skip

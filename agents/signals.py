@@ -16,7 +16,7 @@ from torch import Tensor
 from agents.base import View
 from agents.memory import Memory
 
-PADDING, BLANK = 0, 1  # tokens, as in hrm_rl.tasks.sudoku
+PADDING, BLANK = 0, 1  # tokens, as in hrm_rl.tasks.sudoku; of other tasks View.free tells
 _EPS = 1e-8
 
 
@@ -106,7 +106,7 @@ def _norm(z: Tensor, used: Tensor) -> Tensor:
 
 def free_cells(view: View) -> Tensor:
     """(B, S) bool: the cells the puzzle leaves blank. Padding is not one of them."""
-    return view.tokens == BLANK
+    return view.tokens == BLANK if view.free is None else view.free
 
 
 def used_positions(view: View) -> Tensor:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from envs.rendering import RENDER_MODES, render
 from envs.slots import SlotEngine, Slots
 from hrm_rl.errors import UserError, nearest
-from hrm_rl.tasks import PuzzleSet, load_puzzles
+from hrm_rl.tasks import PuzzleSet, check_side, get_task, load_puzzles, task_class
 
-SIZES = (4, 6, 9)
 DEFAULT_MAX_STEPS = 16
 OBSERVATIONS = ("z_H", "q_token", "mean")
 SPLITS = ("train", "test")
@@ -60,7 +59,7 @@ class Problem:
 
 
 def make_problem(
-    num_slots: int, *, size: int | None, data: PuzzleSet | str | Path | None, split: str,
+    num_slots: int, *, task: str, size: int | None, data: PuzzleSet | str | Path | None, split: str,
     core: nn.Module | str | Path | None, max_steps: int | None, observation: str, flatten: bool,
     ponder_cost: float, augment: bool, clues: tuple[int, int] | None, device: str | torch.device,
     q_head: nn.Module | None, render_mode: str | None, differentiable: bool,
@@ -80,8 +79,10 @@ def make_problem(
     if clues is not None:
         check_clues(clues)
     device = _device(device)
-    core, q_head, meta, size = _core(core, q_head, size, data, device)
-    puzzles = _puzzles(data, size, split)
+    core, q_head, meta, size = _core(core, q_head, task, size, data, device)
+    puzzles = _puzzles(data, task, size, split)
+    if clues is not None and not puzzles.rules.reveals:
+        raise UserError(f"clues: the task {task} has no givens to show more of")
     check_fit(core, puzzles)
     engine = SlotEngine(
         puzzles, core, num_slots, max_steps=max_steps or meta.get("max_steps", DEFAULT_MAX_STEPS),
@@ -152,17 +153,18 @@ def _device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _core(core, q_head, size, data, device) -> tuple[nn.Module, nn.Module | None, dict, int]:
+def _core(core, q_head, task, size, data, device) -> tuple[nn.Module, nn.Module | None, dict, int]:
     """(core, q_head, what is noted beside it, size) with everything that was left open filled in."""
-    if size is not None and (isinstance(size, bool) or size not in SIZES):
-        raise UserError(f"size must be one of {', '.join(map(str, SIZES))}, not {size!r}")
+    kind = task_class(task)
+    if size is not None:
+        check_side(kind.sides, size, "size")
     if size is None and isinstance(data, PuzzleSet):
         size = data.side
     meta = {}
     if core is None or isinstance(core, (str, Path)):
         from hrm_rl.core.io import load_core
 
-        loaded = load_core(core, device=device, size=size or 9)
+        loaded = load_core(core, device=device, size=size or kind.default_side, task=task)
         core, meta, q_head = loaded.core.eval(), loaded.meta, q_head if q_head is not None else loaded.q_head
     elif not isinstance(core, nn.Module):
         raise UserError(f"core must be None, a path or an nn.Module, not {type(core).__name__}")
@@ -171,18 +173,20 @@ def _core(core, q_head, size, data, device) -> tuple[nn.Module, nn.Module | None
         if held is not None and held.device.type != device.type:
             raise UserError(f"core is on {held.device} and device is {str(device)!r}; put both in one place")
     if size is None:
-        tokens = getattr(getattr(core, "config", None), "seq_len", 81)
-        size = math.isqrt(tokens)
+        tokens = getattr(getattr(core, "config", None), "seq_len", None)
+        size = next((side for side in kind.sides if get_task(task, side).seq_len == tokens), kind.default_side)
     return core, q_head, meta, size
 
 
-def _puzzles(data: PuzzleSet | str | Path | None, size: int, split: str) -> PuzzleSet:
+def _puzzles(data: PuzzleSet | str | Path | None, task: str, size: int, split: str) -> PuzzleSet:
     if isinstance(data, PuzzleSet):
+        if data.task != task:
+            raise UserError(f"data ({data.name}) holds puzzles of the task {data.task}, not {task}")
         if data.side != size:
             raise UserError(f"size is {size} and data ({data.name}) holds puzzles of side {data.side}")
         puzzles = data
     elif data is None or isinstance(data, (str, Path)):
-        puzzles = load_puzzles(f"sudoku-{size}" if data is None else data, side=size, split=split)
+        puzzles = load_puzzles(f"{task}-{size}" if data is None else data, size, split, task=task)
     else:
         kind = type(data).__name__
         raise UserError(f"data must be None, a path, 'hf://owner/name' or a PuzzleSet, not {kind}")

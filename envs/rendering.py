@@ -15,6 +15,7 @@ GIVEN, RIGHT, WRONG, PADDING = "given", "right", "wrong", "padding"
 
 _BOLD, _GREEN, _RED, _RESET = "\033[1m", "\033[32m", "\033[31m", "\033[0m"
 _STYLE = {GIVEN: _BOLD, RIGHT: _GREEN, WRONG: _RED, PADDING: ""}
+_BLOCK = "█"  # a cell that is filled
 _WRONG_MARK = "×"  # also shows where colours do not
 
 
@@ -22,9 +23,9 @@ _WRONG_MARK = "×"  # also shows where colours do not
 class Scene:
     """What a picture shows, as Python values."""
 
-    side: int
-    box: tuple[int, int]  # rows and columns of a box
-    cells: tuple[tuple[str, str], ...]  # (digit, GIVEN | RIGHT | WRONG | PADDING), row by row
+    shape: tuple[int, int]  # rows and columns of the grid
+    box: tuple[int, int]  # rows and columns of a block with a frame of its own
+    cells: tuple[tuple[str, str], ...]  # (glyph, GIVEN | RIGHT | WRONG | PADDING), row by row
     puzzle: int
     rating: float
     step: int
@@ -44,6 +45,7 @@ class Scene:
 @torch.no_grad()
 def scene(engine: SlotEngine, slots: Slots, index: int, q_head: nn.Module | None, ended: bool) -> Scene:
     """Read slot `index`. A cell counts as wrong wherever the core's answer is, in a given cell too."""
+    task = engine.task
     tokens, labels = slots.tokens[index].tolist(), slots.labels[index].tolist()
     answers = slots.logits[index].argmax(-1).tolist()
     cells = []
@@ -51,22 +53,18 @@ def scene(engine: SlotEngine, slots: Slots, index: int, q_head: nn.Module | None
         if label == IGNORE_LABEL:
             cells.append(("", PADDING))
         elif answer != label:
-            cells.append((_digit(answer), WRONG))
+            cells.append((task.glyph(answer), WRONG))
         else:
-            cells.append((_digit(answer), GIVEN if token > 1 else RIGHT))
+            cells.append((task.glyph(answer), RIGHT if token == task.open_token else GIVEN))
     q_values = None
     if q_head is not None:
         q_values = tuple(q_head(slots.z_H[index : index + 1]).float()[0].sigmoid().tolist())
     puzzle = int(slots.puzzle[index])
     return Scene(
-        engine.task.side, engine.task.box, tuple(cells), puzzle, float(engine.puzzles.ratings[puzzle]),
+        task.shape, task.box, tuple(cells), puzzle, float(engine.puzzles.ratings[puzzle]),
         int(slots.steps[index]), engine.max_steps, q_values, float(slots.token_accuracy[index]),
         bool(slots.is_correct[index]), ended,
     )  # fmt: skip
-
-
-def _digit(token: int) -> str:
-    return str(token - 1) if token > 1 else "·"
 
 
 def draw_ansi(s: Scene) -> str:
@@ -78,18 +76,18 @@ def draw_ansi(s: Scene) -> str:
     )
     rows, columns = s.box
     bar = "─" * (3 * columns + 1)
-    across = s.side // columns
+    across = s.shape[1] // columns
 
     def rule(left: str, middle: str, right: str) -> str:
         return left + middle.join([bar] * across) + right
 
     lines = [head, rule("┌", "┬", "┐")]
-    for row in range(s.side):
+    for row in range(s.shape[0]):
         if row and row % rows == 0:
             lines.append(rule("├", "┼", "┤"))
         line = ""
-        for column in range(s.side):
-            text, kind = s.cells[row * s.side + column]
+        for column in range(s.shape[1]):
+            text, kind = s.cells[row * s.shape[1] + column]
             mark = _WRONG_MARK if kind == WRONG else " "
             style = _STYLE[kind]
             line += "│ " if column % columns == 0 else ""
@@ -140,23 +138,25 @@ def draw_rgb(s: Scene) -> np.ndarray:
             filled = begin + value * (end - begin)
             pen.rounded_rectangle(at(begin, 84, filled, 95), 5 * _SCALE, fill=colour)
 
-    cell = _GRID_SIDE / s.side
+    cell = _GRID_SIDE / max(s.shape)
     fills = {GIVEN: _GIVEN_FILL, RIGHT: _PAPER, WRONG: _RED_FILL, PADDING: _PAPER}
     inks = {GIVEN: _INK, RIGHT: _GREEN_INK, WRONG: _RED_INK, PADDING: _INK}
     for i, (text, kind) in enumerate(s.cells):
-        x, y = left + i % s.side * cell, top + i // s.side * cell
-        pen.rectangle(at(x, y, x + cell, y + cell), fill=fills[kind])
-        write(x + cell / 2, y + cell / 2, text, round(cell * 0.55), inks[kind], "mm")
+        x, y = left + i % s.shape[1] * cell, top + i // s.shape[1] * cell
+        solid = text == _BLOCK
+        pen.rectangle(at(x, y, x + cell, y + cell), fill=inks[kind] if solid else fills[kind])
+        if not solid:
+            write(x + cell / 2, y + cell / 2, text, round(cell * 0.55), inks[kind], "mm")
         if kind == WRONG:
             pen.line(at(x + 0.28 * cell, y + 0.84 * cell, x + 0.72 * cell, y + 0.84 * cell), _RED_INK, 2 * _SCALE)
     for boxes in (False, True):  # thick lines over thin ones
-        for i in range(s.side + 1):
+        for i in range(max(s.shape) + 1):
             for step, vertical in ((s.box[1], True), (s.box[0], False)):
-                if (i % step == 0) is not boxes:
+                if (i % step == 0) is not boxes or i > s.shape[vertical]:
                     continue
-                ends = (left + i * cell, top, left + i * cell, top + _GRID_SIDE)
+                ends = (left + i * cell, top, left + i * cell, top + s.shape[0] * cell)
                 if not vertical:
-                    ends = (left, top + i * cell, right, top + i * cell)
+                    ends = (left, top + i * cell, left + s.shape[1] * cell, top + i * cell)
                 pen.line(at(*ends), _INK if boxes else _FAINT, (3 if boxes else 1) * _SCALE)
     return np.asarray(image.resize(_SIZE, Image.Resampling.LANCZOS)).copy()
 

@@ -1,4 +1,4 @@
-"""SudokuHalt-v0 as stable-baselines3 wants it. Importing this file imports stable-baselines3.
+"""The environment as stable-baselines3 wants it. Importing this file imports stable-baselines3.
 
 SB3's own wrappers cut a vector environment into single ones, which would cost one core call a slot: this adapter keeps
 the whole batch together. Every episode ends by termination, the forced halt too (its answer is scored), so nothing
@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
-from envs.vector import SudokuHaltVectorEnv
+from envs.vector import HaltVectorEnv
 from hrm_rl.errors import UserError
 
 
 class SB3VecEnv(VecEnv):
-    """A `SudokuHaltVectorEnv` (tensors="numpy") with SB3's face: one core call a step, auto-reset in that step.
+    """A `HaltVectorEnv` (tensors="numpy") with SB3's face: one core call a step, auto-reset in that step.
 
     `step` returns (observations (B, ...) float32, rewards (B,) float32, dones (B,) bool, infos: a dict a slot). Where
     an episode has ended, the info is that of its last segment, with `terminal_observation` (its last observation) and
     `TimeLimit.truncated` (always False here); elsewhere it is the info of the segment just run.
     """
 
-    def __init__(self, envs: SudokuHaltVectorEnv):
+    def __init__(self, envs: HaltVectorEnv):
         if envs.tensors != "numpy":
             raise UserError(f"SB3VecEnv needs an environment with tensors='numpy', not {envs.tensors!r}")
         self.envs = envs

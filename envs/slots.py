@@ -131,11 +131,16 @@ class SlotEngine:
         self.carries = tuple(name for name in Previous._fields if name in names)
 
     def set_clues(self, low: int, high: int) -> None:
-        """From the next episode on, show puzzles with `low` to `high` givens (those with more stay as they are)."""
+        """From the next episode on, show puzzles with `low` to `high` givens (those with more stay as they are).
+
+        UserError where the task has no givens to show more of."""
+        if not self.task.reveals:
+            raise UserError(f"clues: the task {self.puzzles.task} has no givens to show more of")
+        always = self.task.seq_len - self.task.cells  # tokens that no puzzle leaves open
         if self._clues is None:
             self._clues = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self._clues[0].fill_(low)
-        self._clues[1].fill_(high)
+        self._clues[0].fill_(low + always)
+        self._clues[1].fill_(high + always)
 
     @property
     def slots(self) -> Slots:
@@ -247,7 +252,8 @@ class SlotEngine:
         if augment:
             tokens, answers = self.task.augment(rng.fold(source, self._purposes[1]), tokens, answers)
         if self._clues is not None:
-            tokens = reveal(rng.fold(source, self._purposes[2]), tokens, answers, *self._clues)
+            key_of_givens = rng.fold(source, self._purposes[2])
+            tokens = reveal(key_of_givens, tokens, answers, *self._clues, blank=self.task.open_token)
         padding = answers == 0
         labels = answers.masked_fill(padding, IGNORE_LABEL)
         z_H, z_L = self.core.initial_state(self.num_slots)  # expanded views, not copies

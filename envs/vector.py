@@ -1,11 +1,11 @@
-"""SudokuHalt-v0, vector form: all slots advance with one call of the core, on the device."""
+"""The vector form of the environment, for every task: all slots advance with one call of the core, on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,11 +31,11 @@ from hrm_rl.tasks import PuzzleSet
 TENSORS = ("numpy", "torch")
 
 
-class SudokuHaltVectorEnv(VectorEnv):
+class HaltVectorEnv(VectorEnv):
     """
     ## Description
 
-    `num_envs` slots of the process that `SudokuHaltEnv` documents, in one batch. Slot i of an environment
+    `num_envs` slots of the process that the single form documents, in one batch. Slot i of an environment
     seeded with s sees exactly what a single environment seeded with s + i sees.
 
     ## Action Space
@@ -86,6 +86,8 @@ class SudokuHaltVectorEnv(VectorEnv):
     - v0: first version
     """
 
+    task: ClassVar[str]  # a name or import path of `hrm_rl.tasks.registry`
+
     metadata = {
         "render_modes": list(RENDER_MODES),
         "render_fps": 2,
@@ -101,7 +103,7 @@ class SudokuHaltVectorEnv(VectorEnv):
     ):  # fmt: skip
         check_choice("tensors", tensors, TENSORS)
         self._problem = make_problem(
-            num_envs, size=size, data=data, split=split, core=core, max_steps=max_steps,
+            num_envs, task=self.task, size=size, data=data, split=split, core=core, max_steps=max_steps,
             observation=observation, flatten=flatten, ponder_cost=ponder_cost, augment=augment, clues=clues,
             device=device, q_head=q_head, render_mode=render_mode, differentiable=tensors == "torch",
         )  # fmt: skip

@@ -18,9 +18,16 @@ __version__ = "0.1.0"
 
 # The step budget is the environment's own `max_steps`. It is not given as `max_episode_steps`: that would
 # turn the forced halt, whose answer is scored, into a truncation that learners bootstrap through.
-if "SudokuHalt-v0" not in gym.registry:
-    gym.register(
-        id="SudokuHalt-v0",
-        entry_point="envs.sudoku_halt:SudokuHaltEnv",
-        vector_entry_point="envs.vector:SudokuHaltVectorEnv",
-    )
+for _module, _name in (
+    ("sudoku_halt", "SudokuHalt"),
+    ("maze_halt", "MazeHalt"),
+    ("reasoning_halt", "NQueensHalt"),
+    ("reasoning_halt", "FutoshikiHalt"),
+    ("reasoning_halt", "MiniSudokuHalt"),
+):
+    if f"{_name}-v0" not in gym.registry:
+        gym.register(
+            id=f"{_name}-v0",
+            entry_point=f"envs.{_module}:{_name}Env",
+            vector_entry_point=f"envs.{_module}:{_name}VectorEnv",
+        )

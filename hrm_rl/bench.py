@@ -1,4 +1,4 @@
-"""How fast this machine is: `python -m hrm_rl.bench train|evaluate|env|generate`.
+"""How fast this machine is: `python -m hrm_rl.bench train|evaluate|env|generate|cores`.
 
 Every figure is the median of several repeats, and everything compared is measured in turn in one process, so that
 a machine that slows down slows all of it. What is reported:
@@ -25,7 +25,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hrm_rl import bench_cores as cores
 from hrm_rl import cli
+from hrm_rl.bench_cores import CoresBench, bench_cores
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.timing import (
     CompileGuard,
@@ -173,7 +175,8 @@ class GenerateBench:
 
 def main(argv: Sequence[str]) -> int:
     commands = {"train": (TrainBench, bench_train), "evaluate": (EvaluateBench, bench_evaluate),
-                "env": (EnvBench, bench_env), "generate": (GenerateBench, bench_generate)}  # fmt: skip
+                "env": (EnvBench, bench_env), "generate": (GenerateBench, bench_generate),
+                "cores": (CoresBench, bench_cores)}  # fmt: skip
     if argv and argv[0] == "fresh":  # a variant in a process of its own, asked for by `bench train`
         return _fresh_process()
     name = argv[0] if argv else ""
@@ -226,7 +229,7 @@ def _check_writable(path: str | None, flag: str) -> None:
         raise UserError(f"--{flag} {path}: is a folder, or its folder does not exist or cannot be written")
 
 
-def _choices(flag: str, given: str, allowed: Sequence[str]) -> list[str]:
+def choices(flag: str, given: str, allowed: Sequence[str]) -> list[str]:
     """The words of a comma-separated list, each once. UserError names one that is not allowed."""
     words = list(dict.fromkeys(word.strip() for word in given.split(",")))
     for word in words:
@@ -275,12 +278,12 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
     from hrm_rl.devices import can_compile, pick_device
 
     device = pick_device(options.device)
-    modes = _choices("bootstrap", options.bootstrap, BOOTSTRAPS)
-    compiled = _choices("compile", options.compile, ("off", "on"))
-    dtypes = _choices("dtype", options.dtype, ("auto", *DTYPES))
+    modes = choices("bootstrap", options.bootstrap, BOOTSTRAPS)
+    compiled = choices("compile", options.compile, ("off", "on"))
+    dtypes = choices("dtype", options.dtype, ("auto", *DTYPES))
     if "on" in compiled and not can_compile(device):
         raise UserError("--compile on: no C++ compiler (CPU) or Triton (GPU) was found; use --compile off")
-    values = _train_values(options.train_config) if options.train_config else model_values(options.model, device)
+    values = train_values(options.train_config) if options.train_config else model_values(options.model, device)
     values |= {"device": str(device), "total_steps": 10**9, "time_budget": 0.0}
     if options.objective:
         values["objective"] = options.objective
@@ -297,7 +300,7 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
     return configs
 
 
-def _train_values(path: str) -> dict[str, Any]:
+def train_values(path: str) -> dict[str, Any]:
     """The values in a configuration file of hrm_rl.train; what belongs to the agent is left out."""
     from hrm_rl import train
 
@@ -332,7 +335,7 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
     for trainer in trainers.values():
         for _ in range(SETTLE):
             trainer.update()
-    _check_compiled(guard, trainers)
+    check_compiled(guard, trainers)
     counts = {name: times_in(trainer.update, device, options.seconds) for name, trainer in trainers.items()}
     dtypes = sorted({trainer.config.core.dtype for trainer in trainers.values()})
     peaks, packed = [Peak(dtype, device) for dtype in dtypes], packed_peaks(dtypes, device)
@@ -342,7 +345,7 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
     machine = [peak.measure for peak in (*peaks, *packed.values())]
     results = interleave(options.repeats, [*timed, *machine])
     guard.check_same(graphs)
-    _check_compiled(guard, trainers)
+    check_compiled(guard, trainers)
     speeds = [spread(values) for values in results[len(timed) :]]
     peak_of = dict(zip(dtypes, speeds[: len(dtypes)], strict=True))
     packed_of = dict(zip(packed, speeds[len(dtypes) :], strict=True))
@@ -372,7 +375,7 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
     }  # fmt: skip
 
 
-def _check_compiled(guard: CompileGuard, trainers: dict[str, Any]) -> None:
+def check_compiled(guard: CompileGuard, trainers: dict[str, Any]) -> None:
     for name, trainer in trainers.items():
         if trainer.config.compile != "on":
             continue
@@ -490,8 +493,8 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
-    (dtype,) = _choices("dtype", options.dtype, ("auto", *DTYPES))[:1]
-    compiled = _choices("compile", options.compile, ("off", "on"))
+    (dtype,) = choices("dtype", options.dtype, ("auto", *DTYPES))[:1]
+    compiled = choices("compile", options.compile, ("off", "on"))
     if "on" in compiled and not can_compile(device):
         raise UserError("--compile on: no C++ compiler (CPU) or Triton (GPU) was found; use --compile off")
     if options.profile and len(compiled) > 1:
@@ -512,6 +515,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     class Engine:  # what CompileGuard looks at
         run_prefix, run_tail = staticmethod(core.prefix), staticmethod(core.tail)
 
+    Engine.core = core
     guard, engines, runs = CompileGuard(), {}, {}
     for how in compiled:
         engine = engines[how] = Engine()
@@ -574,8 +578,8 @@ def bench_env(options: EnvBench) -> dict[str, Any]:
     from hrm_rl.devices import pick_device, pick_dtype
 
     device = pick_device(options.device)
-    forms = _choices("tensors", options.tensors, TENSORS)
-    (dtype,) = _choices("dtype", options.dtype, ("auto", *DTYPES))[:1]
+    forms = choices("tensors", options.tensors, TENSORS)
+    (dtype,) = choices("dtype", options.dtype, ("auto", *DTYPES))[:1]
     if options.profile and len(forms) > 1:
         raise UserError("--profile needs a single form: --tensors numpy or --tensors torch")
     if options.model == "shipped":
@@ -674,16 +678,15 @@ def bench_generate(options: GenerateBench) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     lines = [f"$ {result['command']}", f"{result['machine']}, {result['date']}"]
-    lines += {"train": _train_lines, "evaluate": _evaluate_lines, "env": _env_lines, "generate": _generate_lines}[
-        result["what"]
-    ](result)
+    lines += {"train": _train_lines, "evaluate": _evaluate_lines, "env": _env_lines, "generate": _generate_lines,
+              "cores": cores.lines}[result["what"]](result)  # fmt: skip
     if result.get("trace"):
         lines += ["", f"{'longest operations':<60}{'calls':>8}{'ms':>10}"]
         lines += [f"{name[:58]:<60}{calls:>8.1f}{ms:>10.3f}" for name, calls, ms in result["trace"]]
     return lines
 
 
-def _rate(value: dict[str, float]) -> str:
+def rate_in_words(value: dict[str, float]) -> str:
     digits = 0 if value["median"] >= 100 else 1
     return f"{value['median']:,.{digits}f} ({value['low']:,.{digits}f}-{value['high']:,.{digits}f})"
 
@@ -709,7 +712,7 @@ def _train_lines(result: dict[str, Any]) -> list[str]:
     for row in rows:
         start = row.get("seconds_to_first_update")
         lines.append(
-            f"{row['name']:<{width}}{_rate(row['samples_per_second']):>24}{row['flops_per_sample'] / 1e9:>8.3f}"
+            f"{row['name']:<{width}}{rate_in_words(row['samples_per_second']):>24}{row['flops_per_sample'] / 1e9:>8.3f}"
             f"{row['utilisation']:>7.1%}{row['equivalent_utilisation']:>8.1%}{row['environment_share']:>7.1%}"
             f"{_megabytes(row.get('peak_memory')):>8}{'-' if start is None else f'{start:.1f}':>9}"
         )
@@ -741,7 +744,7 @@ def _evaluate_lines(result: dict[str, Any]) -> list[str]:
              f"peak memory {_megabytes(result['peak_memory'])} MiB",
              f"{'':<28}{'puzzles/s (range)':>24}{'steps':>8}{'exact':>8}{'busy':>8}{'used':>8}"]  # fmt: skip
     for row in result["variants"]:
-        lines.append(f"{row['name']:<28}{_rate(row['puzzles_per_second']):>24}{row['mean_steps']:>8.2f}"
+        lines.append(f"{row['name']:<28}{rate_in_words(row['puzzles_per_second']):>24}{row['mean_steps']:>8.2f}"
                      f"{row['exact_accuracy']:>8.1%}{row['busy']:>8.1%}{row['utilisation']:>8.1%}")  # fmt: skip
     for ratio in result["ratios"]:
         lines.append(f"{ratio['name']}: {ratio['ratio']['median']:.2f} times the rate of {result['max_steps']} steps, "
@@ -755,14 +758,14 @@ def _env_lines(result: dict[str, Any]) -> list[str]:
              f"{_megabytes(result['peak_memory'])} MiB",
              f"{'form':<10}{'slot steps/s (range)':>28}{'not the core':>14}"]  # fmt: skip
     for row in result["variants"]:
-        lines.append(f"{row['name']:<10}{_rate(row['steps_per_second']):>28}{row['environment_share']:>14.1%}")
+        lines.append(f"{row['name']:<10}{rate_in_words(row['steps_per_second']):>28}{row['environment_share']:>14.1%}")
     return lines
 
 
 def _generate_lines(result: dict[str, Any]) -> list[str]:
     (row,) = result["variants"]
-    return [f"{row['name']}: {_rate(row['puzzles_per_second'])} puzzles a second on {row['cores_used']:.2f} cores, "
-            f"peak memory {_megabytes(result['peak_memory'])} MiB"]  # fmt: skip
+    return [f"{row['name']}: {rate_in_words(row['puzzles_per_second'])} puzzles a second on {row['cores_used']:.2f} "
+            f"cores, peak memory {_megabytes(result['peak_memory'])} MiB"]  # fmt: skip
 
 
 if __name__ == "__main__":

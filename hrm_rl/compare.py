@@ -30,6 +30,8 @@ def build_parser():
     add("run", nargs="?", type=str, default=None, metavar="RUN",
         help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM; nothing: the core that "
         "ships.")  # fmt: skip
+    add("--core_kind", type=str, default="",
+        help="Import path of the core's class, where it is one of your own (docs/CORES.md).")
     add("--agents", type=str, nargs="+", default=[],
         help="Rules: NAME, NAME:ARGUMENT=VALUE,... or an import path. NAME@own keeps the agent's own threshold, as "
         "does one given by hand (residual:tau=0.05). Nothing: all that fit the core. residual and oracle are always "
@@ -105,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import comparison, evaluation, recorded, scoring
     from hrm_rl.checkpoint import write_atomically
+    from hrm_rl.core import find_core
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.evaluate import in_dtype
@@ -112,6 +115,8 @@ def main(argv: Sequence[str]) -> int:
     from hrm_rl.flops import segment_flops
 
     device = pick_device(options.device)
+    if options.core_kind:
+        find_core(options.core_kind)  # imports it
     loaded = load_core(options.run)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device).eval()
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))
@@ -272,13 +277,14 @@ def _puzzles(options, loaded, core) -> tuple:
     import torch
 
     from envs.problem import check_fit
+    from hrm_rl.evaluate import task_of
     from hrm_rl.tasks.dataset import shared_puzzles
     from hrm_rl.trainer import user_puzzles
 
-    side = round(core.config.seq_len**0.5)
-    test = user_puzzles(options.data or None, side, "test", options.limit or None)
+    task, side = task_of(loaded)
+    test = user_puzzles(options.data or None, side, "test", options.limit or None, task)
     source = options.validation or _trained_on(Path(loaded.source))
-    validation = user_puzzles(source, side, "train")
+    validation = user_puzzles(source, side, "train", task=task)
     for puzzles in (test, validation):
         check_fit(core, puzzles)
     if options.validation_limit and len(validation) > options.validation_limit:

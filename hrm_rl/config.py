@@ -6,15 +6,20 @@ resolved configuration is written beside the checkpoints.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium.envs.registration import load_env_creator
 
 from agents.q_targets import Bootstrap
 from hrm_rl.core import CoreConfig
 from hrm_rl.core.io import core_config
 from hrm_rl.devices import pick_device, pick_dtype
-from hrm_rl.errors import UserError
+from hrm_rl.errors import UserError, nearest
 from hrm_rl.settings import check_settings, shortened
+from hrm_rl.tasks.registry import DEFAULT_TASK, Task, check_side, get_task, task_class
 
 
 @dataclass(frozen=True)
@@ -22,15 +27,18 @@ class OptimConfig:
     """The optimiser: one step a segment (deep supervision).
 
     Args:
-        optimizer: adamw for every parameter (the paper), or muon for the matrices of f_H and f_L and AdamW for
-            the rest (torch >= 2.9).
-        lr: Peak learning rate of AdamW.
+        optimizer: adamw for every parameter, adam_atan2 likewise (what the paper trains with), or muon for the
+            matrices of f_H and f_L and AdamW for the rest (torch >= 2.9).
+        lr: Peak learning rate of AdamW and Adam-atan2.
         muon_lr: Peak learning rate of Muon.
         muon_momentum: Momentum of Muon.
         weight_decay: Decoupled weight decay, on every parameter as released.
+        embedding: What trains the puzzle embedding: adamw like the rest, or sign_sgd (the release).
+        embedding_lr: Peak learning rate of sign_sgd.
+        embedding_weight_decay: Weight decay of sign_sgd.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
-        eps: Added to the root of the second moment.
+        eps: Added to the root of the second moment (AdamW).
         warmup_steps: Updates over which the learning rate rises linearly from 0.
         schedule: What follows the warm-up: constant (the release), or a linear or cosine decay.
         final_lr: Where a decay ends, as a share of lr.
@@ -38,11 +46,14 @@ class OptimConfig:
         ema: Decay of the running average of the weights that evaluation uses; 0 is off.
     """
 
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["adamw", "muon", "adam_atan2"] = "muon"
     lr: float = 2e-3
     muon_lr: float = 5e-3
     muon_momentum: float = 0.95
     weight_decay: float = 0.1
+    embedding: Literal["adamw", "sign_sgd"] = "adamw"
+    embedding_lr: float = 1e-4
+    embedding_weight_decay: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -54,8 +65,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check("optim", self, lr=(0, None), muon_lr=(0, None), muon_momentum=(0, 1), weight_decay=(0, None),
-               beta1=(0, 1), beta2=(0, 1), eps=(0, None), warmup_steps=(0, None), final_lr=(0, 1),
-               grad_clip=(0, None), ema=(0, 1))  # fmt: skip
+               embedding_lr=(0, None), embedding_weight_decay=(0, None), beta1=(0, 1), beta2=(0, 1), eps=(0, None),
+               warmup_steps=(0, None), final_lr=(0, 1), grad_clip=(0, None), ema=(0, 1))  # fmt: skip
 
 
 def small_core() -> CoreConfig:
@@ -71,17 +82,19 @@ class TrainConfig:
     """A training run.
 
     Args:
-        env: Registered id of the environment.
-        size: Side of the Sudoku grid: 4, 6 or 9.
+        env: Registered id of the environment, which also decides the task: SudokuHalt-v0, MazeHalt-v0, NQueensHalt-v0,
+            FutoshikiHalt-v0, MiniSudokuHalt-v0 or one of your own.
+        size: Side of the puzzles: 4, 6 or 9 for Sudoku, 5 to 30 for mazes; 0 is the task's usual one (9 and 10).
         data: Training puzzles: a .csv or .csv.gz file, hf://owner/name, or nothing for the shipped set.
         test_data: Unseen puzzles for the report: likewise.
         train_limit: Train on this many puzzles, picked at random by a fixed seed; 0 takes all.
         test_limit: At most this many test puzzles; 0 takes all.
-        augment: Draw a random symmetry of every puzzle (digits, bands, rows, stacks, columns, transpose).
+        augment: Draw a random symmetry of every puzzle (Sudoku: digits, bands, rows, stacks, columns, transpose).
         clues: Fewest and most givens of the training puzzles, as [30,40]: more of the answer is shown at random until a
             puzzle has that many. [0,0] shows them as they are.
         curriculum: Share of the cells given when training begins, fewest and most: it starts on easier puzzles,
-            with more of the answer shown, and moves to the puzzles as they are (or to clues). [0,0]: off.
+            with more of the answer shown, and moves to the puzzles as they are (or to clues). [0,0]: off, as it is
+            where the task has no givens to show more of.
         curriculum_ramp: Share of the run over which it gets there.
         out: Folder in which the run's own folder is made.
         name: Name of the run's folder; empty makes one from the objective, the seed and the time.
@@ -112,12 +125,14 @@ class TrainConfig:
         eval_puzzles: Test puzzles in an evaluation during training.
         checkpoint_every: Updates between two checkpoints; 0 saves at the end only.
         report_steps: Segments in the report's table, where that is more than max_steps.
+        log_gradient_cosine: Measure at logged updates how near the 1-step gradient is to the implicit and to the full
+            one (it costs about as much as ten updates).
         optim: The optimiser.
         core: The core.
     """
 
     env: str = "SudokuHalt-v0"
-    size: Literal[4, 6, 9] = 9
+    size: int = 0
     data: str | None = None
     test_data: str | None = None
     train_limit: int = 0
@@ -150,6 +165,7 @@ class TrainConfig:
     eval_puzzles: int = 256
     checkpoint_every: int = 500
     report_steps: int = 0
+    log_gradient_cosine: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
     core: CoreConfig = field(default_factory=small_core)
 
@@ -167,21 +183,42 @@ class TrainConfig:
             raise UserError(f"name must be a folder's plain name, not {self.name!r} (out says where it is made)")
         if self.total_steps == 0:
             object.__setattr__(self, "total_steps", 1200 if self.objective == "q" else 6600)
-        for name, most in (("clues", self.size**2), ("curriculum", 1)):
+        if self.size == 0:
+            object.__setattr__(self, "size", task_class(self.task).default_side)
+        check_side(task_class(self.task).sides, self.size, "size")
+        rules = self.rules
+        if not rules.reveals:
+            if self.curriculum == type(self).curriculum:
+                object.__setattr__(self, "curriculum", (0.0, 0.0))
+            for name in ("clues", "curriculum"):
+                if tuple(getattr(self, name)) != (0, 0):
+                    raise UserError(f"{name}: the task {self.task} has no givens to show more of; use [0,0]")
+        for name, most in (("clues", rules.cells), ("curriculum", 1)):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= most:
                 raise UserError(f"{name} must be two numbers, 0 <= low <= high <= {most}, not {low} and {high}")
-        if self.core.seq_len != self.size**2 or self.core.vocab_size != self.size + 2:
+        if self.core.seq_len != rules.seq_len or self.core.vocab_size != rules.vocab_size:
             raise UserError(
                 f"core.seq_len={self.core.seq_len} and core.vocab_size={self.core.vocab_size} do not fit size="
-                f"{self.size}, which needs {self.size**2} and {self.size + 2}"
+                f"{self.size}, which needs {rules.seq_len} and {rules.vocab_size}"
             )
+
+    @property
+    def task(self) -> str:
+        """Name or import path of the task of the environment."""
+        return task_of_env(self.env)
+
+    @property
+    def rules(self) -> Task:
+        """The task at this size."""
+        return get_task(self.task, self.size)
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> TrainConfig:
         """From plain nested values as YAML and flags give them; core.dtype "auto" is decided by the device.
 
-        The size of the task sets core.seq_len and core.vocab_size where they stand at their defaults.
+        The task and its size set core.seq_len and core.vocab_size where they stand at their defaults, and core.geometry
+        where that is auto.
         Raises UserError for a value out of range.
         """
         values = dict(values)
@@ -193,8 +230,13 @@ class TrainConfig:
         for name in ("clues", "curriculum"):
             if name in values:
                 values[name] = tuple(values[name])
-        side = values.get("size", cls.size)
-        for name, needed in (("seq_len", side**2), ("vocab_size", side + 2)):
+        kind = task_class(task := task_of_env(values.get("env", cls.env)))
+        side = values.get("size", cls.size) or kind.default_side
+        check_side(kind.sides, side, "size")
+        rules = get_task(task, side)
+        if core.get("geometry") == CoreConfig.geometry and kind.geometry != "boxes":
+            core["geometry"] = kind.geometry
+        for name, needed in (("seq_len", rules.seq_len), ("vocab_size", rules.vocab_size)):
             if core.get(name, getattr(CoreConfig, name)) == getattr(CoreConfig, name):
                 core[name] = needed
         device = pick_device(values.get("device", cls.device))
@@ -211,6 +253,24 @@ class TrainConfig:
         for group, name in ((values["core"], "box"), (values, "clues"), (values, "curriculum")):
             group[name] = list(group[name])  # YAML has no tuples
         return values
+
+
+def task_of_env(env: str) -> str:
+    """The task of a registered environment. UserError for an id that is not registered or cannot be loaded."""
+    try:
+        module, _, name = env.rpartition(":")
+        if module:  # "my_task:MyHalt-v0": importing the module registers the id
+            importlib.import_module(module)
+        entry = gym.spec(name).entry_point
+        return getattr(load_env_creator(entry) if isinstance(entry, str) else entry, "task", DEFAULT_TASK)
+    except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"env {env!r} cannot be made: {error}{near_environment(env)}") from error
+
+
+def near_environment(name: str) -> str:
+    """A hint for a misspelt id, among the environments of this project."""
+    ours = [known for known, spec in gym.registry.items() if str(spec.entry_point).startswith("envs")]
+    return "" if name in gym.registry else nearest(name, ours)
 
 
 _LARGEST = 2**31 - 1  # of a whole number, so that no count or index overflows

@@ -22,10 +22,15 @@ def build_parser():
     parser.add_argument("run", nargs="?", type=str, default=None, metavar="RUN",
                         help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM; "
                         "nothing: the core that ships.")  # fmt: skip
+    parser.add_argument("--core_kind", type=str, default="",
+                        help="Import path of the core's class, where it is your own (docs/CORES.md).")  # fmt: skip
     parser.add_argument("--max_steps", type=int, nargs="+", default=None,
                         help="Budgets to report the learned halt for; nothing: the one trained with.")  # fmt: skip
     parser.add_argument("--data", type=str, default="",
                         help=".csv, .csv.gz or hf://owner/name; nothing: the shipped test set.")  # fmt: skip
+    parser.add_argument("--task", type=str, default="auto",
+                        help="What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was "
+                        "trained on.")  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, help="At most this many puzzles; 0 is all.")
     parser.add_argument("--agent", type=str, default="auto",
                         help="auto (the one the run was trained with, its arguments included; q in a file that names "
@@ -57,9 +62,11 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import evaluation
     from hrm_rl.checkpoint import write_atomically
+    from hrm_rl.core import find_core
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.ensemble import MOST_COPIES, ensemble_line, ensemble_report, solve_ensemble
+    from hrm_rl.tasks import task_class
     from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
@@ -68,15 +75,20 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} must be between {low} and {high}, not {options[name]}")
     if options.copies is not None and options.ensemble == "none":
         raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
-    loaded = load_core(options.run)
+    if options.core_kind:
+        find_core(options.core_kind)  # imports it
+    packaged = {}
+    if options.run is None and options.task != "auto":
+        packaged = {"task": options.task, "size": task_class(options.task).default_side}
+    loaded = load_core(options.run, **packaged)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
     if budgets[0] < 1 or budgets[-1] > 10_000:
         wrong = budgets[0] if budgets[0] < 1 else budgets[-1]
         raise UserError(f"--max_steps must be between 1 and 10000, not {wrong}")
-    side = round(core.config.seq_len**0.5)
-    puzzles = user_puzzles(options.data or None, side, "test", options.limit or None)
+    task, side = task_of(loaded, options.task)
+    puzzles = user_puzzles(options.data or None, side, "test", options.limit or None, task)
 
     name, arguments = which_agent(options.agent, loaded)
     agent = load_agent(name, arguments | dict(options.agent_args) | agent_flags, loaded, core, budgets[-1])
@@ -108,6 +120,33 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def task_of(loaded, asked: str = "auto") -> tuple[str, int]:
+    """(task, side) of the puzzles that a loaded core was made for: what its file notes, else what its sizes fit.
+
+    A file that came from elsewhere cannot make us import code: a task of the user's own has to be named.
+    """
+    from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, get_task, task_class, task_of_core
+
+    config, noted = loaded.core.config, loaded.meta.get("task")
+    if noted is None and asked == "auto":
+        side = round(config.seq_len**0.5)
+        if config.vocab_size == side + 2 and config.seq_len == side**2:  # whether or not there is such a Sudoku
+            return DEFAULT_TASK, side
+        return task_of_core(config.vocab_size, config.seq_len)
+    if asked == "auto" and not (isinstance(noted, str) and noted in TASKS):
+        raise UserError(f"{loaded.source}: was trained on the task {noted!r}, which is no short name and must be asked "
+                        f"for: --task {noted}")  # fmt: skip
+    name = noted if asked == "auto" else asked
+    kind = task_class(name)
+    fits = (s for s in kind.sides if (t := get_task(name, s)).seq_len == config.seq_len
+            and t.vocab_size == config.vocab_size)  # fmt: skip
+    side = next(fits, None)
+    if side is None:
+        sizes = f"{config.seq_len} tokens with {config.vocab_size} values"
+        raise UserError(f"{loaded.source}: made for {sizes}, as no puzzle of the task {name} has")
+    return name, side
+
+
 def which_agent(asked: str, loaded) -> tuple[str, dict]:
     """(name, arguments) of --agent: those the model file notes, where it is that agent that is asked for.
 
@@ -130,7 +169,8 @@ def which_agent(asked: str, loaded) -> tuple[str, dict]:
 
 def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     """The agent of that name; a learned one gets the weights that lie beside the core. UserError if there are none."""
-    from agents import QHaltingAgent, find_agent, make_agent
+    from agents import find_agent, make_agent
+    from hrm_rl.core.q_head import QHead
 
     agent_class = find_agent(name)
     agent = make_agent(agent_class, core, max_steps, loaded.meta.get("bootstrap", "extra_forward"), arguments)
@@ -139,7 +179,7 @@ def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     own = agent.state_dict()
     if not own:
         return agent
-    if isinstance(agent, QHaltingAgent) and loaded.q_head is None:
+    if isinstance(getattr(agent, "q_head", None), QHead) and loaded.q_head is None:
         raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
     for name, value in own.items():
         if name not in held or held[name].shape != value.shape:

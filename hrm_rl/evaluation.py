@@ -67,13 +67,14 @@ def episode_keys(index: Tensor) -> Tensor:
 
 def _view(
     output: CoreOutput, steps: Tensor, tokens: Tensor, answers: Tensor, index: Tensor, previous: Previous,
-    sees: Collection[str],
+    sees: Collection[str], open_token: int,
 ) -> View:  # fmt: skip
     """What an agent sees: index (B,) of the puzzles, tokens and answers (B, S); an answer for an oracle alone."""
     key = episode_keys(index)
     is_correct = _score(output.logits, answers)[0] if "is_correct" in sees else None
     valid = (answers > 0).any(-1)
-    return View(output.state.z_H, output.logits, steps, valid, key, tokens, *previous, is_correct)
+    free = None if open_token == 1 else tokens == open_token
+    return View(output.state.z_H, output.logits, steps, valid, key, tokens, *previous, is_correct, free)
 
 
 class Segmented(NamedTuple):
@@ -106,7 +107,8 @@ def views(
         for step in range(1, max_steps + 1):
             output = segment(questions, state)
             state = output.state
-            view = _view(output, torch.full_like(index, step), questions, answers, index, previous, sees)
+            steps = torch.full_like(index, step)
+            view = _view(output, steps, questions, answers, index, previous, sees, puzzles.rules.open_token)
             count = min(batch_size, len(puzzles) - first)
             yield Segmented(first, count, step, view, *_score(output.logits, answers))
             previous = Previous.left_by(sees, state.z_H, output.logits)
@@ -196,7 +198,7 @@ def solve(
     index = torch.arange(slots, device=device).clamp(max=total - 1)
     waiting, calls, segments_run = min(slots, total), 0, 0
     state, steps = _first_state(core, slots), torch.zeros(slots, dtype=torch.int64, device=device)
-    vocab = puzzles.vocab_size
+    vocab, open_token = puzzles.vocab_size, puzzles.rules.open_token
     previous = Previous.none_yet(agent.sees, state.z_H, questions[index], vocab)
     busy = torch.arange(slots, device=device) < total
     began = time.perf_counter()
@@ -206,7 +208,7 @@ def solve(
                 tokens = questions[index]
                 output = (segment if slots == batch_size else core)(tokens, state)
                 calls, segments_run, steps = calls + 1, segments_run + slots, steps + 1
-                view = _view(output, steps, tokens, answers[index], index, previous, agent.sees)
+                view = _view(output, steps, tokens, answers[index], index, previous, agent.sees, open_token)
                 actions, fault = decide(agent, view, where=f"call {calls}")
                 ends = busy & ((actions == HALT) | (steps >= max_steps))
                 state = output.state

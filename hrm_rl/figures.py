@@ -1,8 +1,19 @@
-"""Figures of a run: how it trained, and what its Q-values know."""
+"""Figures: of a run, of a comparison, and by name: `python -m hrm_rl.figures residuals RUN`."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
+
+from hrm_rl import cli
+from hrm_rl.errors import UserError, nearest
+
+#: Figures that are commands: name -> module:function(argv), whose docstring is what --help says of it.
+COMMANDS = {
+    "residuals": "hrm_rl.residuals:residuals_command",
+    "gradient": "hrm_rl.residuals:gradient_command",
+}
 
 RIGHT, WRONG, NEUTRAL = "#1b7f4d", "#c0392b", "#34495e"
 
@@ -101,3 +112,24 @@ def frontier_figure(result: dict) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format="png")
     return content.getvalue()
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command that the first word names."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m hrm_rl.figures NAME [RUN] [...]; --help after a name says more\n")
+        for name in COMMANDS:
+            print(f"  {name:10} {_command(name).__doc__.splitlines()[0]}")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown figure {argv[0]!r}{nearest(argv[0], COMMANDS)} (there are: {', '.join(COMMANDS)})")
+    return _command(argv[0])(argv[1:])
+
+
+def _command(name: str):
+    module, function = COMMANDS[name].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+if __name__ == "__main__":
+    cli.run(main)

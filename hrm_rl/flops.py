@@ -1,61 +1,65 @@
-"""How much arithmetic HRM is: the matrix products of a segment and of a training update, counted by hand.
+"""How much arithmetic a core is: the matrix products of a segment and of a training update.
 
 A product of (m, k) with (k, n) is 2 m k n floating-point operations; nothing else is counted (norms, rotations,
-softmax, losses and the optimiser are a per cent or two, and a figure of utilisation should not be flattered by
-them). Work done twice to save memory, as attention's backward pass does, counts once. Tests hold these functions
-against `torch.utils.flop_counter.FlopCounterMode`.
+softmax, losses and the optimiser are a per cent or two, and a figure of utilisation should not be flattered by them).
+Work done twice to save memory, as attention's backward pass does, counts once.
 
-Letters: B slots, P prefix positions, S tokens, T = P + S, D hidden size, V token values. All counts are for one
-slot; a sample is one slot's segment in one training update.
+What one call of a core's networks takes is what `torch.utils.flop_counter.FlopCounterMode` sees in it on shapes alone,
+so that every core is counted by the same rule; segments and updates are put together from calls by hand. Tests hold
+the calls against arithmetic on paper, and segments and updates against the same counter over the real thing.
+
+Letters: B slots, P prefix positions, S tokens, T = P + S, D hidden size, V token values. All counts are for one slot;
+a sample is one slot's segment in one training update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from hrm_rl.core.config import CoreConfig
-from hrm_rl.core.layers import swiglu_width
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hrm_rl.core import CoreConfig, build_core
 
 
 @dataclass(frozen=True)
 class SegmentFlops:
     """The parts of one segment of one slot, forward."""
 
-    prefix: int  # every call of f_L and f_H but the last of each
-    tail: int  # the last call of each, and the output head
+    prefix: int  # the calls without gradient: with the 1-step gradient, every one but the last of each network
+    tail: int  # those with gradient, and the output head
 
     @property
     def forward(self) -> int:
         return self.prefix + self.tail
 
 
-def block_flops(config: CoreConfig) -> int:
-    """One block on one slot: token mixing and the position-wise SwiGLU."""
-    D, T = config.hidden_size, config.prefix_len + config.seq_len
-    return _mixing_flops(config, D, T) + _swiglu_flops(T, D, swiglu_width(D, config.expansion, config.inner_multiple))
+@lru_cache(maxsize=64)
+def call_flops(config: CoreConfig) -> tuple[tuple[str, ...], dict[str, int], int]:
+    """(the calls of a segment, what each name among them takes, how many of them run without gradient).
 
-
-def _mixing_flops(config: CoreConfig, D: int, T: int) -> int:
-    if config.token_mixing == "attention":
-        return 2 * T * D * 4 * D + 2 * 2 * T * T * D  # q, k, v, o; scores and their mixture
-    if config.token_mixing == "mlp":
-        return _swiglu_flops(D, T, swiglu_width(T, config.expansion, config.inner_multiple))
-    return 2 * T * D * 2 * D + 2 * T * T * D  # v, o; the mixture
-
-
-def _swiglu_flops(rows: int, width: int, inner: int) -> int:
-    """gate and up (width -> 2 inner), then down (inner -> width), on `rows` rows."""
-    return 2 * rows * 3 * width * inner
+    Nothing is computed: the core is built of shapes, without values.
+    """
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the form that the counter sees through
+        core = build_core(replace(config, dtype="float32"))
+        inputs = core.inputs(torch.zeros(1, config.seq_len, dtype=torch.long))
+        taken = {}
+        for which in dict.fromkeys(core.calls):
+            with FlopCounterMode(display=False) as counter:
+                core.call(which, *core.initial_state(1), inputs)
+            taken[which] = counter.get_total_flops()
+    return core.calls, taken, core.without_gradient
 
 
 def segment_flops(config: CoreConfig) -> SegmentFlops:
-    """One segment: N T calls of f_L and N of f_H, the last of each in the tail with the output head."""
-    block, T = block_flops(config), config.prefix_len + config.seq_len
-    L, H = config.L_layers * block, config.H_layers * block
-    calls_L, calls_H = config.H_cycles * config.L_cycles, config.H_cycles
-    head = 2 * T * config.hidden_size * config.vocab_size
-    return SegmentFlops(prefix=(calls_L - 1) * L + (calls_H - 1) * H, tail=L + H + head)
+    """One segment: its calls, those that carry gradient in the tail with the output head."""
+    calls, taken, without = call_flops(config)
+    head = 2 * (config.prefix_len + config.seq_len) * config.hidden_size * config.vocab_size
+    prefix, tail = (sum(taken[which] for which in part) for part in (calls[:without], calls[without:]))
+    return SegmentFlops(prefix, tail + head)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class UpdateFlops:
 
     segment: int  # the segment itself, forward
     ahead: int  # what the bootstrap target costs on top of it
-    backward: int  # through the tail (the 1-step gradient); 0 where the core is frozen
+    backward: int  # through the tail: twice as much again; 0 where the core is frozen
     q_head: int  # every call of the Q-head and its backward pass
 
     @property

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents import Transition
 from agents.q_targets import QLosses
 from envs import Slots
+from hrm_rl.core import RecurrentCore, State
 from hrm_rl.errors import UserError
+from hrm_rl.losses import supervised_loss
 from hrm_rl.metrics import Sums
 from hrm_rl.parallel import ALONE, Ranks
 
@@ -86,10 +91,18 @@ def record(sums: Sums, slots: Slots, transition: Transition, losses: dict[str, T
         add("td_continue_count", q.has_continue.sum())
 
 
+@torch.no_grad()
+def record_solver(sums: Sums, core: RecurrentCore) -> None:
+    """With gradient=implicit, how far the solvers of this update came; never waits for the device."""
+    for which, residual in core.solved.items():
+        sums.add_mean(f"solver/{which}_residual", residual.mean())
+        sums.add_mean(f"solver/{which}_missed", (~(residual <= core.config.solver_tol)).double().mean())
+
+
 def averages(taken: dict[str, float]) -> dict[str, float]:
     """Metrics by tag from the sums that `Sums.take` returned."""
     updates, episodes = taken["updates"], taken["episodes"]
-    values = {tag: value / updates for tag, value in taken.items() if tag.startswith(("loss/", "agent/"))}
+    values = {tag: value / updates for tag, value in taken.items() if tag.startswith(("loss/", "agent/", "solver/"))}
     values["halt/episodes"] = episodes
     if episodes:
         values["halt/exact_accuracy"] = taken["exact"] / episodes
@@ -144,10 +157,55 @@ def residuals(slots: Slots, previous: tuple[Tensor, Tensor], ranks: Ranks = ALON
     return {"state/residual_z_H": z_H / count, "state/residual_z_L": z_L / count} if count else {}
 
 
+def with_gradient(core: RecurrentCore, gradient: str, **settings) -> RecurrentCore:
+    """The same core, parameters included, under another `core.gradient` (and settings of its solver)."""
+    twin = copy.copy(core)  # a module's shallow copy shares its parameters
+    twin.config = replace(core.config, gradient=gradient, **settings)
+    twin.solved = {}
+    return twin
+
+
+def gradient_cosines(
+    core: RecurrentCore, tokens: Tensor, labels: Tensor, state: State, loss: str = "softmax", **solver
+) -> dict[str, float]:
+    """How near the 1-step gradient of one segment comes to what it stands for; waits for the device.
+
+    tokens, labels (B, S); state: detached, where the segment begins. `solver`: settings of it.
+    All are gradients of the supervised loss in all parameters of the core that are trained:
+
+        cosine            1-step against implicit: the theorem applied where the segment ends, fixed point or not
+        cosine_full       1-step against backpropagation through all calls of the segment
+        cosine_solved     1-step against implicit, both taken where the solver ends
+        forward           |f(z) - z| / |f(z)| where the segment ends, mean over puzzles; f: its last calls
+        forward_solved    the same where the solver ends
+        backward, backward_solved    the residuals of the linear solves behind cosine and cosine_solved, likewise
+        missed, missed_solved        share of puzzles whose linear solve did not come to the tolerance
+    """
+    implicit, one_step = with_gradient(core, "implicit", **solver), with_gradient(core, "one_step")
+    learned = [p for p in core.parameters() if p.requires_grad]
+
+    def gradient(twin: RecurrentCore, start: State) -> Tensor:
+        with torch.enable_grad():
+            value = supervised_loss(twin.tail(tokens, start).logits, labels, loss).sum()
+            found = torch.autograd.grad(value, learned, allow_unused=True)
+        return torch.cat([p.new_zeros(p.numel()) if g is None else g.flatten()
+                          for p, g in zip(learned, found, strict=True)]).double()  # fmt: skip
+
+    values, short = {}, {}
+    for name, start in (("", one_step.prefix(tokens, state)), ("_solved", implicit.prefix(tokens, state))):
+        short[name] = gradient(one_step, start)
+        values[f"cosine{name}"] = F.cosine_similarity(short[name], gradient(implicit, start), dim=0)
+        for which, residual in implicit.solved.items():
+            values[f"{which}{name}"] = residual.double().mean()
+        values[f"missed{name}"] = (~(implicit.solved["backward"] <= implicit.config.solver_tol)).double().mean()
+    full = with_gradient(core, "full")
+    values["cosine_full"] = F.cosine_similarity(short[""], gradient(full, full.prefix(tokens, state)), dim=0)
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
 def _part(name: str) -> str:
     """Which part of the model a parameter belongs to."""
     if name.startswith("agent."):
         return "q_head"
-    if name.startswith("core.H_level"):
-        return "core_H"
-    return "core_L" if name.startswith("core.L_level") else "core_other"
+    network = name.removeprefix("core.").split(".")[0]
+    return {"H_level": "core_H", "L_level": "core_L", "net": "core_net"}.get(network, "core_other")

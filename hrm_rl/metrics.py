@@ -40,11 +40,33 @@ TAGS: dict[str, str] = {
     "state/residual_z_H": "|z_H(m) - z_H(m-1)| / |z_H(m)| (L2 over a puzzle), mean over the episodes that go on.",
     "state/residual_z_L": "The same for z_L.",
     "grad/core_H": "L2 norm of the gradient of f_H, at the logged update, before clipping.",
-    "grad/core_L": "L2 norm of the gradient of f_L.",
-    "grad/core_other": "L2 norm of the gradient of embeddings and output head.",
+    "grad/core_L": "L2 norm of the gradient of f_L (trm: of its only network).",
+    "grad/core_net": "L2 norm of the gradient of the network of recurrent_transformer and direct_transformer.",
+    "grad/core_other": "L2 norm of the gradient of all else in the core: embeddings, output head, gates.",
     "grad/q_head": "L2 norm of the gradient of the Q-head.",
-    "param/max_times_decay": "Largest |weight| in the optimiser times weight decay: AdamW's bound says 1 "
-    "(Xie & Li, arXiv:2404.04454).",
+    "solver/forward_residual": "core.gradient=implicit: |f(z) - z| / |f(z)| where the segment ends (f: the last call "
+    "of each network), mean over slots and updates.",
+    "solver/forward_missed": "Share of slots and updates in which that is above core.solver_tol: no fixed point "
+    "was found.",
+    "solver/backward_residual": "The same for the linear equation of the backward pass, u = g + J^T u.",
+    "solver/backward_missed": "Share of slots and updates in which that is above core.solver_tol.",
+    "gradient/cosine": "Cosine of the 1-step to the implicit gradient of the supervised loss, both taken where a "
+    "segment of the slots ends (log_gradient_cosine; `hrm_rl.measure.gradient_cosines`).",
+    "gradient/cosine_full": "Cosine of the 1-step gradient to backpropagation through all calls of that segment.",
+    "gradient/cosine_solved": "Cosine of the 1-step to the implicit gradient, both taken where the solver ends.",
+    "gradient/forward": "|f(z) - z| / |f(z)| where the segment ends, mean over slots.",
+    "gradient/forward_solved": "The same where the solver ends.",
+    "gradient/backward": "Relative residual of the linear solve behind gradient/cosine, mean over slots.",
+    "gradient/backward_solved": "The same behind gradient/cosine_solved.",
+    "gradient/missed": "Share of slots in which the linear solve behind gradient/cosine missed core.solver_tol.",
+    "gradient/missed_solved": "The same behind gradient/cosine_solved.",
+    "param/share_of_bound_adamw": "Largest |weight| of AdamW's parameters times weight decay: its bound says 1 "
+    "(Xie & Li, arXiv:2404.04454; `hrm_rl.optim.linf_bound`).",
+    "param/share_of_bound_adam_atan2": "The same of Adam-atan2's, over pi / 2: 1 is the worst case, 0.5 where a "
+    "gradient no longer changes.",
+    "param/share_of_bound_sign_sgd": "The same of sign-SGD's (puzzle embedding) times its own weight decay.",
+    "param/share_of_bound_muon": "The same of Muon's matrices, over 0.242 sqrt(longer side), which bounds their "
+    "largest singular value.",
     "optim/lr": "Learning rate of the logged update.",
     "eval/exact_accuracy": "Exact accuracy at the learned halt on the first eval_puzzles test puzzles.",
     "eval/exact_accuracy_last": "Exact accuracy on them at max_steps.",

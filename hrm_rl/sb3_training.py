@@ -38,7 +38,7 @@ from hrm_rl.measure import NonFiniteError
 from hrm_rl.optim import load_state_tensors, state_tensors
 from hrm_rl.parallel import ALONE
 from hrm_rl.tasks import PuzzleSet
-from hrm_rl.trainer import Trainer, make_core, near_environment, training_puzzles, user_puzzles
+from hrm_rl.trainer import Trainer, made_for, make_core, near_environment, training_puzzles, user_puzzles
 
 _BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 _COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
@@ -67,7 +67,7 @@ class SB3Trainer:
         self.agent_arguments = dict(agent_arguments or {})
         self.puzzles = puzzles or training_puzzles(config)
         limit = config.test_limit or None
-        self.test_puzzles = test_puzzles or user_puzzles(config.test_data, config.size, "test", limit)
+        self.test_puzzles = test_puzzles or user_puzzles(config.test_data, config.size, "test", limit, config.task)
         self.core = (core if core is not None else make_core(config, self.device)).requires_grad_(False).eval()
         if isinstance(self.core, RecurrentCore):
             self.config = config = replace(config, core=self.core.config)  # what is written down is what runs
@@ -161,6 +161,7 @@ class SB3Trainer:
     def model(self, meta: dict | None = None) -> bytes:
         """The model file's content: the core and SB3's policy, as tensors."""
         own = {"max_steps": self.config.max_steps, "bootstrap": self.config.bootstrap, **self._meta()}
+        own |= made_for(self.puzzles)
         return model_bytes(self.core, None, own | (meta or {}), self.agent)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:

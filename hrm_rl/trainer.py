@@ -29,18 +29,19 @@ from agents.q_targets import QLosses
 from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import evaluation, measure
-from hrm_rl.config import TrainConfig, small_core
-from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core
+from hrm_rl.config import TrainConfig, near_environment, small_core
+from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
 from hrm_rl.devices import can_compile
-from hrm_rl.errors import UserError, nearest
+from hrm_rl.errors import UserError
 from hrm_rl.losses import supervised_loss
 from hrm_rl.measure import FiniteWatch, NonFiniteError
 from hrm_rl.metrics import Sums
-from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, state_tensors
+from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, shares_of_bound, state_tensors
 from hrm_rl.parallel import ALONE, Ranks
 from hrm_rl.tasks import PuzzleSet, load_puzzles
+from hrm_rl.tasks.registry import DEFAULT_TASK
 
 PROBE_PUZZLES = 32
 _BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpoint with a row for each slot
@@ -48,8 +49,10 @@ _BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpo
 
 def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
     """The core a run starts from: from scratch by its seed, or `init_core`; objective=q needs a trained one."""
+    kind = find_core(config.core.kind).kind
     if config.init_core or config.objective == "q":
-        loaded = load_core(config.init_core, device, size=config.size).core
+        config = replace(config, core=replace(config.core, kind=kind))
+        loaded = load_core(config.init_core, device, size=config.size, task=config.task).core
         differs = [n for n in ("seq_len", "vocab_size") if getattr(loaded.config, n) != getattr(config.core, n)]
         if differs:
             raise UserError(f"init_core: {differs[0]} is {getattr(loaded.config, differs[0])} there, the task needs "
@@ -71,19 +74,26 @@ def _refuse_other_sizes(config: TrainConfig, loaded: CoreConfig) -> None:
             raise UserError(f"core.{name} is {given}, but the core that is loaded has {getattr(loaded, name)}")
 
 
-def user_puzzles(source: str | None, size: int, split: str, limit: int | None = None) -> PuzzleSet:
+def user_puzzles(
+    source: str | None, size: int, split: str, limit: int | None = None, task: str = DEFAULT_TASK
+) -> PuzzleSet:
     """The shipped set, or a user's: a file is checked for uniqueness as well (the Hub's millions are not)."""
     unique = source is not None and not source.startswith("hf:")
-    return load_puzzles(source or f"sudoku-{size}", size, split, limit, check_unique=unique)
+    return load_puzzles(source or f"{task}-{size}", size, split, limit, unique, task)
 
 
 def training_puzzles(config: TrainConfig) -> PuzzleSet:
     """The puzzles of `config.data`, or `train_limit` of them (always the same ones, whatever the seed)."""
-    puzzles = user_puzzles(config.data, config.size, "train")
+    puzzles = user_puzzles(config.data, config.size, "train", task=config.task)
     if not config.train_limit or config.train_limit >= len(puzzles):
         return puzzles
     order = torch.randperm(len(puzzles), generator=torch.Generator().manual_seed(0))
     return puzzles.select(order[: config.train_limit].sort().values)
+
+
+def made_for(puzzles: PuzzleSet) -> dict:
+    """What a model file notes of the puzzles it is for, where its sizes do not say so (`evaluate.task_of`)."""
+    return {} if puzzles.task == DEFAULT_TASK else {"task": puzzles.task, "size": puzzles.side}
 
 
 class Trainer:
@@ -108,7 +118,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # for agents that draw their weights from torch's own generator
         self.puzzles = puzzles or training_puzzles(config)
         self.test_puzzles = test_puzzles or user_puzzles(
-            config.test_data, config.size, "test", config.test_limit or None
+            config.test_data, config.size, "test", config.test_limit or None, config.task
         )
         self.core = core if core is not None else make_core(config, self.device)
         if isinstance(self.core, RecurrentCore):
@@ -168,11 +178,16 @@ class Trainer:
         wanted = self.config.compile
         if wanted == "off" or not hasattr(self.core, "tail"):
             return False
+        if isinstance(self.core, RecurrentCore) and self.core.config.gradient == "implicit":
+            if wanted == "on":
+                raise UserError("compile=on: a solver's steps depend on its numbers (core.gradient=implicit)")
+            return False
         if not can_compile(self.device):
             if wanted == "on":
                 raise UserError("compile=on: no C++ compiler (CPU) or Triton (GPU) was found; use compile=off")
             return False
-        self.engine.run_prefix = torch.compile(self.core.prefix, dynamic=False)
+        if getattr(self.core, "without_gradient", 1):  # else the prefix is empty: nothing to compile
+            self.engine.run_prefix = torch.compile(self.core.prefix, dynamic=False)
         self.engine.run_tail = torch.compile(self.core.tail, dynamic=False)
         return True
 
@@ -196,7 +211,7 @@ class Trainer:
         if c.clues == (0, 0) and c.curriculum == (0, 0):
             return
         end = c.clues if c.clues != (0, 0) else (self.fewest_clues, self.fewest_clues)
-        start = [share * c.size**2 for share in c.curriculum] if c.curriculum != (0, 0) else end
+        start = [share * c.rules.cells for share in c.curriculum] if c.curriculum != (0, 0) else end
         done = min(1.0, self.progress() / c.curriculum_ramp) if c.curriculum_ramp else 1.0
         self.engine.set_clues(*(round(a + (b - a) * done) for a, b in zip(start, end, strict=True)))
 
@@ -228,6 +243,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self._backward(losses["loss/total"])
         measure.record(self.sums, slots, transition, losses, q)
+        if isinstance(self.core, RecurrentCore) and self.learns_core:
+            measure.record_solver(self.sums, self.core)
         norms = measure.gradient_norms(self.trained)
         self.watch.see(losses | norms)
         if detailed or self.device.type == "cpu":
@@ -256,7 +273,7 @@ class Trainer:
     def _decide(self, slots: Slots) -> tuple[View, Tensor | None, Tensor]:
         reaches_core = self.config.q_to_core and self.learns_core
         z_H = slots.z_H if reaches_core else slots.z_H.detach()
-        view = view_of(slots, z_H)
+        view = view_of(slots, z_H, self.engine.task.open_token)
         q_logits = self.agent.scores(view.z_H)
         seen = None if q_logits is None else q_logits.detach()
         actions, fault = decide(self.agent, view, seen, where=f"update {self.step + 1}", explore=True)
@@ -326,12 +343,16 @@ class Trainer:
         raise_fault(self.agent, self.fault, f"update {self.step + 1} or one since the last logged update")
         values = {"optim/lr": self.schedule() * self.config.optim.lr}
         values |= {tag: norm.item() for tag, norm in norms.items()} | measure.memory_and_files()
-        largest = max(p.detach().abs().max().item() for p in self.trained.values())
-        values["param/max_times_decay"] = largest * self.config.optim.weight_decay
+        values |= {f"param/share_of_bound_{kind}": share for kind, share in shares_of_bound(self.optimizers).items()}
         if self.previous is not None:
             values |= measure.residuals(slots, self.previous, self.ranks)
         if self.learns_q and self.config.max_steps > 1:
             values |= self._drift()
+        if self.config.log_gradient_cosine and self.learns_core and isinstance(self.core, RecurrentCore):
+            state = State(slots.z_H, slots.z_L).detach()
+            cosines = measure.gradient_cosines(self.core, slots.tokens, slots.labels, state, self.config.loss)
+            means = self.ranks.total(list(cosines.values()))
+            values |= {f"gradient/{n}": v / self.ranks.world for n, v in zip(cosines, means, strict=True)}
         return values
 
     def check_finite(self) -> None:
@@ -403,6 +424,7 @@ class Trainer:
         """The model file's content (evaluation weights)."""
         core, agent = self.evaluation_models()
         meta = {"max_steps": self.config.max_steps, "bootstrap": self.config.bootstrap, **(meta or {})}
+        meta |= made_for(self.puzzles)
         meta |= {"agent": agent_name(type(agent)), "agent_args": self.agent_arguments}
         q_head = getattr(agent, "q_head", None)
         return model_bytes(core, q_head if isinstance(q_head, QHead) else None, meta, agent)
@@ -470,12 +492,6 @@ class Trainer:
         self.previous = (previous["z_H"], previous["z_L"]) if previous else None
         self._set_clues()
         self.envs.load_state_dict({**plain["slots"], **part("slots.")})
-
-
-def near_environment(name: str) -> str:
-    """A hint for a misspelt id, among the environments of this project."""
-    ours = [known for known, spec in gym.registry.items() if str(spec.entry_point).startswith("envs")]
-    return "" if name in gym.registry else nearest(name, ours)
 
 
 def is_due(step: int, every: int) -> bool:

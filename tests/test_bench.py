@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +15,10 @@ import yaml
 from hrm_testing import small_core
 
 from hrm_rl import bench, timing
-from hrm_rl.core import HRMCore
+from hrm_rl.bench_cores import saved_bytes
+from hrm_rl.core import CORES, HRMCore, build_core
 from hrm_rl.errors import UserError
-from hrm_rl.flops import published_flops, update_flops
+from hrm_rl.flops import published_flops, segment_flops, update_flops
 from hrm_rl.timing import CompileGuard, Peak, high_water, interleave, spread, times_in, write_trace
 
 CPU = torch.device("cpu")
@@ -303,3 +306,56 @@ def test_compiled_for_real(tiny, monkeypatch):
     result = bench.bench_train(train(tiny, "--compile", "on", "--dtype", "float32,bfloat16"))
     assert all(row["compiled"] for row in result["variants"])
     assert timing.CompileGuard().graphs() == 0
+
+
+# --- cores --------------------------------------------------------------------------------------------------
+
+
+def test_every_core_has_its_row(tiny, capsys, tmp_path):
+    out = tmp_path / "cores.json"
+    flags = ["--train-config", str(tiny), "--dtype", "float32", "--device", "cpu", *QUICK, "--out", str(out)]
+    assert bench.main(["cores", *flags]) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["variants"]}
+    assert list(rows) == list(CORES) and result["num_envs"] == 4 and not result["compiled"]
+    for kind, row in rows.items():
+        core = replace(small_core(), kind=kind)
+        assert row["flops_per_segment"] == segment_flops(core).forward
+        assert row["flops_per_update"] == update_flops(core, "shared_prefix", max_steps=4).total
+        assert row["parameters"] == sum(p.numel() for p in build_core(core).parameters())
+        assert len(row["repeats"]["segments"]) == len(row["repeats"]["samples"]) == 2
+        assert row["segments_per_second"]["median"] > row["samples_per_second"]["median"] > 0
+        assert re.search(rf"^{kind} +{row['parameters']:,} ", printed, re.MULTILINE)
+    assert rows["trm"]["activations"] > rows["recurrent_transformer"]["activations"]  # three calls against one of two
+    assert rows["trm"]["calls_with_gradient"] == 3 and rows["recurrent_transformer"]["calls"] == 3
+
+
+def test_activations_are_what_autograd_keeps():
+    class Squares(torch.nn.Module):
+        """Keeps x, its square and nothing of its own weight."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1000))
+
+        def initial_state(self, count):
+            return torch.ones(count, 1000)
+
+        def prefix(self, tokens, state):
+            return state
+
+        def tail(self, tokens, state):
+            x = self.weight * state  # keeps the state
+            return x.square().square()  # keeps x and its square
+
+    assert saved_bytes(Squares(), torch.ones(2, 3)) == 3 * 2 * 1000 * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--kinds", "hrm,trn"], "did you mean 'trm'"), (["--dtype", "float8"], "--dtype must be from"),
+     (["--repeats", "0"], "--repeats must be at least 1"), (["--kinds", ""], "one of hrm, ")],
+)  # fmt: skip
+def test_cores_refuses_in_one_line(flags, said):
+    with pytest.raises(UserError, match=said):
+        bench.main(["cores", *flags])

@@ -1,4 +1,4 @@
-"""The arithmetic counted by hand against PyTorch's own counter, and against numbers worked out on paper."""
+"""The arithmetic that is reported against PyTorch's own counter over the real thing, and against numbers on paper."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents import FixedAgent, QHaltingAgent
 from agents.q_targets import BOOTSTRAPS
-from hrm_rl.core import CoreConfig, HRMCore
-from hrm_rl.flops import block_flops, muon_flops, published_flops, segment_flops, update_flops
+from hrm_rl.core import CORES, CoreConfig, build_core
+from hrm_rl.flops import call_flops, muon_flops, published_flops, segment_flops, update_flops
 
 SLOTS = 4  # of `small_trainer`
 
@@ -31,11 +31,32 @@ def counted(function, *arguments) -> int:
 
 def test_a_block_on_paper():
     # 82 positions of 128 features, SwiGLU 512 wide: 8 D^2 + 6 D inner + 4 T D a position.
-    core = CoreConfig()
-    assert block_flops(core) == 82 * (8 * 128**2 + 6 * 128 * 512 + 4 * 82 * 128)
+    core = CoreConfig(L_layers=1, H_layers=3)
+    block = 82 * (8 * 128**2 + 6 * 128 * 512 + 4 * 82 * 128)
+    assert call_flops(core) == (("L", "L", "H", "L", "L", "H"), {"L": block, "H": 3 * block}, 4)
     # Over positions: 128 columns of 82, 256 wide.
-    assert block_flops(replace(core, token_mixing="mlp")) == 128 * 6 * 82 * 256 + 82 * 6 * 128 * 512
-    assert block_flops(replace(core, token_mixing="grid")) == 82 * (4 * 128**2 + 6 * 128 * 512 + 2 * 82 * 128)
+    assert call_flops(replace(core, token_mixing="mlp"))[1]["L"] == 128 * 6 * 82 * 256 + 82 * 6 * 128 * 512
+    grid = 82 * (4 * 128**2 + 6 * 128 * 512 + 2 * 82 * 128)
+    assert call_flops(replace(core, token_mixing="grid"))[1]["L"] == grid
+    gate = 82 * 2 * 128 * 256
+    assert call_flops(replace(core, kind="gated_hrm"))[1] == {"L": block + gate, "H": 3 * block + gate}
+
+
+def test_the_blocks_of_every_kind_on_paper():
+    """Blocks run in a segment, and with gradient in it, for 2 layers a level and 2 cycles of 3."""
+    core = CoreConfig(H_cycles=2, L_cycles=3, inner_multiple=16)
+    (block,) = {flops // 2 for flops in call_flops(core)[1].values()}
+    head = 2 * 82 * 128 * 11
+    gates = 82 * 2 * 128 * 256
+    wanted = {
+        "hrm": (16, 4, 0), "gated_hrm": (16, 4, gates), "trm": (16, 8, 0), "recurrent_transformer": (16, 4, 0),
+        "direct_transformer": (4, 4, 0),
+    }  # fmt: skip
+    assert set(wanted) == set(CORES)
+    for kind, (blocks, reached, gate) in wanted.items():
+        found = segment_flops(replace(core, kind=kind))
+        calls = blocks // 2
+        assert (found.forward, found.tail) == (blocks * block + calls * gate + head, reached * block + 2 * gate + head)
 
 
 def test_the_published_step_is_that_of_the_paper():
@@ -48,11 +69,12 @@ def test_the_published_step_is_that_of_the_paper():
     assert published_flops(core) / 1e9 == pytest.approx(36.7, abs=0.1)
 
 
+@pytest.mark.parametrize("kind", CORES)
 @pytest.mark.parametrize("mixing", ["attention", "mlp", "grid"])
 @pytest.mark.parametrize("cycles", [(1, 1), (2, 3)])
-def test_a_segment_counts_what_pytorch_counts(mixing, cycles):
-    config = small_core(token_mixing=mixing, H_cycles=cycles[0], L_cycles=cycles[1], H_layers=2)
-    core = HRMCore(config, torch.Generator().manual_seed(0))
+def test_a_segment_counts_what_pytorch_counts(kind, mixing, cycles):
+    config = small_core(kind=kind, token_mixing=mixing, H_cycles=cycles[0], L_cycles=cycles[1], H_layers=2)
+    core = build_core(config, torch.Generator().manual_seed(0))
     tokens, state = torch.ones(3, 16, dtype=torch.long), core.initial_state(3)
     expected = segment_flops(config)
     assert counted(core.prefix, tokens, state) == 3 * expected.prefix
@@ -62,7 +84,7 @@ def test_a_segment_counts_what_pytorch_counts(mixing, cycles):
 
 def update_of(core: CoreConfig, bootstrap: str, objective: str, agent=QHaltingAgent, **changes) -> tuple[int, int]:
     """(counted by PyTorch, expected) for one update in its steady state."""
-    made = HRMCore(core, torch.Generator().manual_seed(0))
+    made = build_core(core, torch.Generator().manual_seed(0))
     trainer = small_trainer(agent, core=made, bootstrap=bootstrap, objective=objective, **changes)
     with sdpa_kernel(SDPBackend.MATH):  # the graph whose backward pass is counted is made here
         trainer.update()  # next_observation has nothing to learn from before
@@ -77,6 +99,13 @@ def update_of(core: CoreConfig, bootstrap: str, objective: str, agent=QHaltingAg
 @pytest.mark.parametrize("mixing", ["attention", "mlp", "grid"])
 def test_an_update_counts_what_pytorch_counts(mixing, objective, bootstrap):
     got, expected = update_of(small_core(token_mixing=mixing), bootstrap, objective)
+    assert got == expected
+
+
+@pytest.mark.parametrize("gradient", ["auto", "one_step", "last_k", "full"])
+@pytest.mark.parametrize("kind", CORES)
+def test_an_update_of_every_core_and_reach(kind, gradient):
+    got, expected = update_of(small_core(kind=kind, gradient=gradient, gradient_k=3), "shared_prefix", "joint")
     assert got == expected
 
 

@@ -101,12 +101,15 @@ def test_core_calls_an_update(puzzles):
 
 COMBINATIONS = [("adamw", o, b) for o in ("joint", "q") for b in BOOTSTRAPS]
 COMBINATIONS += [("adamw", "supervised", "shared_prefix"), ("muon", "joint", "shared_prefix"), ("muon", "q", "none")]
+COMBINATIONS += [("adam_atan2", "joint", "shared_prefix")]
 
 
 @pytest.mark.parametrize(("optimizer", "objective", "bootstrap"), COMBINATIONS)
 def test_resume_is_exact(tmp_path, optimizer, objective, bootstrap):
     """Twelve updates straight against six, a checkpoint on disk, and six more: number for number."""
     optim = {"optimizer": optimizer, "warmup_steps": 3, "schedule": "cosine", "ema": 0.9}
+    if optimizer == "adam_atan2":  # the released pair
+        optim |= {"embedding": "sign_sgd", "embedding_lr": 1e-2}
     curriculum = dict(curriculum=(0.75, 1.0), clues=(0, 6), curriculum_ramp=0.9)
     settings = dict(objective=objective, bootstrap=bootstrap, total_steps=12, optim=optim, **curriculum)
     straight = lively_trainer(**settings)

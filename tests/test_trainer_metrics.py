@@ -22,7 +22,8 @@ def test_every_logged_tag_is_explained(objective, bootstrap):
         trainer.update(before_detailed=True)
         logged |= set(trainer.line(trainer.update(detailed=True), 1.0))
     assert logged <= set(TAGS)
-    wanted = {t for t in TAGS if t.startswith(("loss/total", "halt/episodes", "optim/", "param/", "time/", "state/"))}
+    wanted = {t for t in TAGS if t.startswith(("loss/total", "halt/episodes", "optim/", "time/", "state/"))}
+    wanted.add("param/share_of_bound_adamw")
     if objective != "supervised":
         wanted |= {"loss/q_halt", "q/td_error_halt", "q/target_drift", "grad/q_head"}
         wanted |= set() if bootstrap == "none" else {"q/td_error_continue"}
@@ -118,7 +119,7 @@ def test_gradient_norms_by_part():
         squares = sum(p.grad.square().sum().item() for n, p in trainer.trained.items() if n.startswith(prefix))
         assert details[f"grad/{part}"] == pytest.approx(squares**0.5, rel=1e-4)
     largest = max(p.abs().max().item() for p in lively_trainer().trained.values())
-    assert details["param/max_times_decay"] <= largest * 0.1 + 1e-6
+    assert details["param/share_of_bound_adamw"] <= largest * 0.1 + 1e-6
 
 
 def test_target_drift_is_zero_where_weights_stand_still():

@@ -26,6 +26,8 @@ class HRMCore(RecurrentCore):
     section 2.2 of the paper) unless `config.gradient` says otherwise.
     """
 
+    kind = "hrm"
+
     def build(self, generator: torch.Generator | None) -> None:
         c = self.config
         self.H_level = self.level(c.H_layers, generator)
@@ -35,5 +37,5 @@ class HRMCore(RecurrentCore):
     def call(self, which: str, z_H: Tensor, z_L: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         injection, *positional = inputs
         if which == "L":
-            return z_H, self.L_level(z_L, z_H + injection, *positional)
-        return self.H_level(z_H, z_L, *positional), z_L
+            return z_H, self.L_level(z_L + (z_H + injection), *positional)
+        return self.H_level(z_H + z_L, *positional), z_L

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from hrm_rl.core.config import CoreConfig
 from hrm_rl.core.q_head import QHead
 from hrm_rl.core.recurrent import RecurrentCore
-from hrm_rl.core.registry import build_core
+from hrm_rl.core.registry import build_core, known_core
 from hrm_rl.core.released_file import is_released, read_released
 from hrm_rl.devices import pick_dtype
 from hrm_rl.errors import UserError
-from hrm_rl.settings import check_settings, fits
+from hrm_rl.settings import check_settings, fits, shortened
 
 FORMAT = "hrm_rl.model.v1"
 MODEL_FILE = "model.safetensors"
@@ -46,11 +46,12 @@ class LoadedCore:
     agent_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def packaged_core(size: int = 9) -> Path:
+def packaged_core(size: int = 9, task: str = "sudoku") -> Path:
     """Path of the small trained core that ships with the package. UserError if none ships for `size`."""
-    path = Path(str(resources.files("hrm_rl") / "assets" / f"sudoku-{size}.safetensors"))
+    path = Path(str(resources.files("hrm_rl") / "assets" / f"{task}-{size}.safetensors"))
     if not path.is_file():
-        raise UserError(f"no trained core ships for size {size}; name one with core= (a run folder or a model file)")
+        what = f"size {size}" if task == "sudoku" else f"{task} of size {size}"
+        raise UserError(f"no trained core ships for {what}; name one with core= (a run folder or a model file)")
     return path
 
 
@@ -154,14 +155,17 @@ def core_config(values: dict) -> CoreConfig:
     return CoreConfig(**values)
 
 
-def load_core(source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9) -> LoadedCore:
+def load_core(
+    source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9, task: str = "sudoku"
+) -> LoadedCore:
     """Read a core. source: None (the packaged one), a run folder, a checkpoint folder, a model file, or a
     checkpoint of the released HRM (`core/released_file.py`).
 
     It computes in the dtype it was trained in, or in float32 where the hardware does not multiply bfloat16.
-    Raises UserError for a missing, damaged or foreign file, naming the first tensor that does not fit.
+    Raises UserError for a missing, damaged or foreign file, naming the first tensor that does not fit, and for a core
+    of a kind that is unknown here: a class of the user's own must have been imported before.
     """
-    path = packaged_core(size) if source is None else find_model(source)
+    path = packaged_core(size, task) if source is None else find_model(source)
     try:
         if is_released(path):
             (config, meta, core_tensors, head_tensors), agent_tensors = read_released(path), {}
@@ -174,6 +178,9 @@ def load_core(source: str | Path | None = None, device: str | torch.device = "cp
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if config.dtype == "bfloat16" and pick_dtype("auto", torch.device(device)) != "bfloat16":
         config = replace(config, dtype="float32")  # made on a machine that multiplies bfloat16; this one does not
+    if known_core(config.kind) is None:
+        raise UserError(f"{path}: its core is of kind {shortened(config.kind)}, and no model file makes us import code:"
+                        " name it (--core_kind, in training --core.kind) or import it first")  # fmt: skip
     if max(config.H_layers, config.L_layers) > len(core_tensors):
         raise UserError(f"{path}: its header claims more layers than it holds tensors")
     with torch.device("meta"):  # shapes alone: a file cannot make us ask for more memory than it has itself

@@ -138,29 +138,30 @@ class Attention(nn.Module):
 
 
 class GridBias(nn.Module):
-    """Relative positions on a grid with boxes: one learned attention bias a head and relation.
+    """Relative positions on a grid: one learned attention bias a head and relation.
 
-    Two cells are related by the bits (same row, same column, same box) and by being the same cell;
-    the prefix positions have three relations of their own (prefix to cell, cell to prefix, prefix to
-    prefix). Heads start out looking along rows, columns, boxes and everywhere, in turn: `strength` is
-    how far below its own unit everything else starts. With strength 0 the biases start at zero and the
-    geometry has to be learned.
+    How two cells are related is the geometry's to say (`GEOMETRIES`); the prefix positions have three relations of
+    their own (prefix to cell, cell to prefix, prefix to prefix). Heads start out looking along the geometry's units
+    and everywhere, in turn: `strength` is how far below its own unit everything else starts. With strength 0 the
+    biases start at zero and the geometry has to be learned.
     """
 
-    def __init__(self, num_heads: int, side: int, box: tuple[int, int], prefix: int, strength: float):
+    def __init__(
+        self, num_heads: int, side: int, box: tuple[int, int], prefix: int, strength: float, geometry: str = "auto"
+    ):
         super().__init__()
-        relation = grid_relations(side, box)
+        relation, units = GEOMETRIES[geometry](side, box)
+        prefix_to_cell, cell_to_prefix, prefix_to_prefix = (units.shape[1] + i for i in range(3))
         self.register_buffer("relation", F.pad(relation, (prefix, 0, prefix, 0)), persistent=False)
-        self.relation[prefix:, :prefix] = _CELL_TO_PREFIX
-        self.relation[:prefix, prefix:] = _PREFIX_TO_CELL
-        self.relation[:prefix, :prefix] = _PREFIX_TO_PREFIX
-        table = torch.zeros(num_heads, _NUM_RELATIONS)
+        self.relation[prefix:, :prefix] = cell_to_prefix
+        self.relation[:prefix, prefix:] = prefix_to_cell
+        self.relation[:prefix, :prefix] = prefix_to_prefix
+        table = torch.zeros(num_heads, units.shape[1] + 3)
         for head in range(num_heads):
-            unit = head % 4
-            if unit < 3:
-                inside = (torch.arange(8) >> unit) & 1
-                table[head, :8] = -strength * (1 - inside)
-                table[head, _CELL_TO_PREFIX] = -strength
+            unit = head % (len(units) + 1)
+            if unit < len(units):
+                table[head, : units.shape[1]] = -strength * ~units[unit]
+                table[head, cell_to_prefix] = -strength
         self.table = nn.Parameter(table)
 
     def forward(self) -> Tensor:
@@ -177,11 +178,11 @@ class GridMixing(nn.Module):
 
     def __init__(
         self, dim: int, num_heads: int, side: int, box: tuple[int, int], prefix: int, strength: float,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, geometry: str = "auto",
     ):  # fmt: skip
         super().__init__()
         self.num_heads = num_heads
-        self.bias = GridBias(num_heads, side, box, prefix, strength)
+        self.bias = GridBias(num_heads, side, box, prefix, strength, geometry)
         self.v_proj = Linear(dim, dim, generator)
         self.o_proj = Linear(dim, dim, generator)
 
@@ -193,7 +194,7 @@ class GridMixing(nn.Module):
         return self.o_proj(mixed.reshape(B, T, D))
 
 
-_SELF, _PREFIX_TO_CELL, _CELL_TO_PREFIX, _PREFIX_TO_PREFIX, _NUM_RELATIONS = 8, 9, 10, 11, 12
+_SELF = 8
 
 
 def grid_relations(side: int, box: tuple[int, int]) -> Tensor:
@@ -205,6 +206,68 @@ def grid_relations(side: int, box: tuple[int, int]) -> Tensor:
     relation = same[0] + 2 * same[1] + 4 * same[2]
     relation.fill_diagonal_(_SELF)
     return relation
+
+
+# A geometry: (side, box) -> relation (side^2, side^2) int64, and units (U, R) bool: which of the R relations each
+# unit that a head may start out on holds. The relation of a cell with itself is in every one.
+
+
+def _boxes(side: int, box: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows, columns and boxes (Sudoku): `grid_relations`."""
+    bits = (torch.arange(_SELF)[None] >> torch.arange(3)[:, None]) & 1
+    return grid_relations(side, box), F.pad(bits.bool(), (0, 1), value=True)
+
+
+def _neighbours(side: int, box: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The way from one cell to the other (mazes): a relation of its own for each of the 9 of at most one row and
+    column, and one each for the rest of the row, the rest of the column and all that is left. Units: the cell above,
+    below, to the left and to the right, the 9 together."""
+    down, right = _offsets(side)
+    near = 3 * (down + 1) + right + 1
+    far = torch.where(down == 0, 9, torch.where(right == 0, 10, 11))
+    units = torch.zeros(5, 12, dtype=torch.bool)
+    units[:, 4] = True
+    for unit, relation in enumerate((1, 7, 3, 5)):
+        units[unit, relation] = True
+    units[4, :9] = True
+    return torch.where((down.abs() <= 1) & (right.abs() <= 1), near, far), units
+
+
+def _lines(side: int, box: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows, columns and both diagonals (queens): the cell itself, each of the four lines, all that is left."""
+    down, right = _offsets(side)
+    relation = torch.full_like(down, 5)
+    for number, on_line in enumerate((down == 0, right == 0, down == right, down == -right), 1):
+        relation[on_line] = number
+    relation.fill_diagonal_(0)
+    return relation, torch.eye(6, dtype=torch.bool)[1:5] | (torch.arange(6) == 0)
+
+
+def _signs(side: int, box: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a grid with signs between its cells (Futoshiki): the relation says how far apart two tokens
+    are (up to 2 along a row or column) and which kinds they are. Units: rows, columns, and the 5 next along both."""
+    down, right = _offsets(side)
+    cell = torch.arange(side * side)
+    kind = (cell // side % 2 + cell % side % 2 * 2)[None].expand(side * side, -1)  # 0 cell, 1 and 2 sign, 3 neither
+    row = torch.where(down == 0, right.clamp(-3, 3) + 3, -1)  # 0..6, 3 itself
+    column = torch.where((right == 0) & (down != 0), down.clamp(-3, 3) + 10, -1)  # 7..13, 10 unused
+    place = torch.where(row >= 0, row, torch.where(column >= 0, column, 14))
+    relation = place * 4 + kind
+    at = torch.arange(60) // 4
+    itself, near = at == 3, torch.tensor([1, 2, 3, 4, 5, 8, 9, 11, 12])
+    units = torch.stack(((at < 7) & (torch.arange(60) % 4 == 0), (at >= 7) & (at < 14) & (torch.arange(60) % 4 == 0),
+                         torch.isin(at, near)))  # fmt: skip
+    return relation, units | itself
+
+
+def _offsets(side: int) -> tuple[Tensor, Tensor]:
+    """Rows down and columns to the right from each cell to each other, (side^2, side^2) both."""
+    cell = torch.arange(side * side)
+    row, column = cell // side, cell % side
+    return row[None] - row[:, None], column[None] - column[:, None]
+
+
+GEOMETRIES = {"auto": _boxes, "boxes": _boxes, "neighbours": _neighbours, "lines": _lines, "signs": _signs}
 
 
 class Block(nn.Module):

@@ -66,7 +66,8 @@ def save_results(path: Path, results: Sequence[RunResult]) -> None:
         })  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "runs": json.dumps(plain)}
-    write_atomically(path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, header))
+    # Runs of a batch share tensors (their updates), which safetensors refuses: each run has its own on disk.
+    write_atomically(path, save({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, header))
 
 
 def load_results(path: Path) -> list[RunResult]:

@@ -1,7 +1,8 @@
 """Puzzles on disk: CSV with the header `source,question,answer,rating` (DESIGN section 6), plain or gzipped.
 
-Every line is checked: schema, length, alphabet, the rules, and that the answer keeps the givens. The first
-bad one raises a UserError "file:line: reason". LF and CRLF line ends, a byte order mark and blank lines at the
+One character a cell; which ones, and what they must obey, is the task's to say (`tasks.registry`): Sudoku's where
+none is named. Every line is checked: schema, length, alphabet, the rules, and that the answer keeps the givens. The
+first bad one raises a UserError "file:line: reason". LF and CRLF line ends, a byte order mark and blank lines at the
 end are accepted.
 """
 
@@ -21,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from hrm_rl.errors import UserError
-from hrm_rl.tasks.geometry import BOXES, box_of, tables
+from hrm_rl.tasks.registry import DEFAULT_TASK, Task, check_side, get_task, task_class
 
 HEADER = ("source", "question", "answer", "rating")
 _CHUNK = 1 << 15  # lines checked at a time
@@ -30,7 +31,7 @@ _MAX_RATING = float(np.finfo(np.float32).max)
 
 
 class Rows(NamedTuple):
-    """N puzzles as digits. S cells, row by row; 0 is a blank."""
+    """N puzzles as places in their task's `characters` (in Sudoku: digits, 0 is a blank). S cells, row by row."""
 
     questions: np.ndarray  # (N, S) uint8
     answers: np.ndarray  # (N, S) uint8
@@ -39,6 +40,7 @@ class Rows(NamedTuple):
 
     @property
     def side(self) -> int:
+        """Of a grid of S cells."""
         return math.isqrt(self.questions.shape[1])
 
 
@@ -46,7 +48,10 @@ class _Fault(Exception):
     """Why a line is refused; the reader adds file and line."""
 
 
-def read_csv(path: str | Path, side: int | None = None, limit: int | None = None, check_unique: bool = False) -> Rows:
+def read_csv(
+    path: str | Path, side: int | None = None, limit: int | None = None, check_unique: bool = False,
+    task: str = DEFAULT_TASK,
+) -> Rows:  # fmt: skip
     """Read and check a .csv or .csv.gz file.
 
     side: the side every grid must have; None takes it from the first line. limit: read no more than that many
@@ -54,7 +59,7 @@ def read_csv(path: str | Path, side: int | None = None, limit: int | None = None
     Raises UserError naming file, line and reason."""
     path = Path(path)
     if side is not None:
-        box_of(side)
+        check_side(task_class(task).sides, side)
     if limit is not None and limit < 1:
         raise UserError(f"{path}: the limit must be at least 1, not {limit}")
     chunks: list[Rows] = []
@@ -64,7 +69,7 @@ def read_csv(path: str | Path, side: int | None = None, limit: int | None = None
             _check_header(lines, path)
             while limit is None or limit > 0:
                 size = _CHUNK if limit is None else min(_CHUNK, limit)
-                rows, side = _read_chunk(lines, path, side, size, check_unique)
+                rows, side = _read_chunk(lines, path, task, side, size, check_unique)
                 if rows is None:
                     break
                 chunks.append(rows)
@@ -83,7 +88,7 @@ def read_csv(path: str | Path, side: int | None = None, limit: int | None = None
     return Rows(*merged, tuple(source for chunk in chunks for source in chunk.sources))
 
 
-def write_csv(path: str | Path, rows: Rows) -> None:
+def write_csv(path: str | Path, rows: Rows, characters: str = ".123456789") -> None:
     """Write puzzles; `path` ends in .csv or .csv.gz. The file appears complete or not at all."""
     path = Path(path)
     check_name(path)
@@ -93,7 +98,8 @@ def write_csv(path: str | Path, rows: Rows) -> None:
     for question, answer, rating, source in zip(*rows, strict=True):
         if any(end in source for end in "\r\n"):
             raise UserError(f"{path}: the source {source!r} contains a line end")
-        writer.writerow((source, to_text(question), to_text(answer), f"{float(rating):.9g}"))
+        written = (to_text(cells, characters) for cells in (question, answer))
+        writer.writerow((source, *written, f"{float(rating):.9g}"))
     data = text.getvalue().encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, 9, mtime=0)  # no time stamp: the same puzzles are the same bytes
@@ -139,9 +145,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.unlink(temporary)
 
 
-def to_text(digits: np.ndarray) -> str:
-    """Digits (S,) as a string, '.' for a blank."""
-    return (np.asarray(digits, np.uint8) + ord("0")).tobytes().decode("ascii").replace("0", ".")
+def to_text(cells: np.ndarray, characters: str = ".123456789") -> str:
+    """Places in `characters`, (S,), as a string; by default digits, '.' for a blank."""
+    return np.frombuffer(characters.encode("ascii"), np.uint8)[np.asarray(cells)].tobytes().decode("ascii")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -186,7 +192,7 @@ def _check_header(lines: Iterator[tuple[int, bytes]], path: Path) -> None:
 
 
 def _read_chunk(
-    lines: Iterator[tuple[int, bytes]], path: Path, side: int | None, size: int, check_unique: bool
+    lines: Iterator[tuple[int, bytes]], path: Path, task: str, side: int | None, size: int, check_unique: bool
 ) -> tuple[Rows | None, int | None]:
     """The next `size` puzzles, or None at the end. Line by line for the schema, all at once for the rules."""
     numbers, sources, questions, answers, ratings = [], [], [], [], []
@@ -194,9 +200,10 @@ def _read_chunk(
     for number, line in lines:
         try:
             source, question, answer, rating = _split(line)
-            side = side or _side_of(question)
-            _check_length("question", question, side)
-            _check_length("answer", answer, side)
+            side = side or _side_of(question, task)
+            shape = get_task(task, side).shape
+            _check_length("question", question, shape)
+            _check_length("answer", answer, shape)
             ratings.append(_number(rating))
         except _Fault as fault:
             late = UserError(f"{path}:{number}: {fault}")
@@ -211,9 +218,10 @@ def _read_chunk(
         if len(numbers) == size:
             break
     if numbers:
-        grids = _digits(questions, side), _digits(answers, side)
+        rules = get_task(task, side)
+        grids = _places(questions, rules), _places(answers, rules)
         rows = Rows(*grids, np.array(ratings, np.float32), tuple(sources))
-        bad = _first_bad(rows, side, check_unique)
+        bad = rules.first_fault(rows.questions, rows.answers, check_unique)
         if bad is not None:
             raise UserError(f"{path}:{numbers[bad[0]]}: {bad[1]}")
     if late is not None:
@@ -242,16 +250,21 @@ def _split(line: bytes) -> list[str]:
     return fields
 
 
-def _side_of(question: str) -> int:
-    for side in BOXES:
-        if len(question) == side * side:
-            return side
-    raise _Fault(f"the question must have 16, 36 or 81 cells, not {len(question)}")
+def _side_of(question: str, task: str) -> int:
+    sizes = {get_task(task, side).seq_len: side for side in task_class(task).sides}
+    if len(question) in sizes:
+        return sizes[len(question)]
+    *most, last = map(str, sizes)
+    if len(most) > 6:
+        most[3:] = ["..."]
+    known = f"{', '.join(most)} or {last}" if most else last
+    raise _Fault(f"the question must have {known} cells, not {len(question)}")
 
 
-def _check_length(name: str, cells: str, side: int) -> None:
-    if len(cells) != side * side:
-        raise _Fault(f"the {name} must have {side * side} cells ({side}x{side}), not {len(cells)}")
+def _check_length(name: str, cells: str, shape: tuple[int, int]) -> None:
+    wanted = shape[0] * shape[1]
+    if len(cells) != wanted:
+        raise _Fault(f"the {name} must have {wanted} cells ({shape[0]}x{shape[1]}), not {len(cells)}")
 
 
 def _number(text: str) -> float:
@@ -264,53 +277,15 @@ def _number(text: str) -> float:
     return value
 
 
-def _digits(grids: Sequence[str], side: int) -> np.ndarray:
-    """(N, S) uint8: digits, 0 for a blank, 255 for anything that is no digit of this side."""
+def _places(grids: Sequence[str], task: Task) -> np.ndarray:
+    """(N, S) uint8: places in the task's `characters`, 255 for a character that is not among them."""
     lookup = np.full(256, 255, np.uint8)
-    lookup[ord(".")] = 0
-    lookup[ord("0") : ord("0") + side + 1] = np.arange(side + 1)
+    for place, character in enumerate(task.characters):
+        lookup[ord(character)] = place
+    for other, character in task.aliases.items():
+        lookup[ord(other)] = task.characters.index(character)
     text = "".join(grids).encode("ascii", "replace")  # one byte a character, '?' for what is not ASCII
-    return lookup[np.frombuffer(text, np.uint8)].reshape(len(grids), side * side)
-
-
-def _first_bad(rows: Rows, side: int, check_unique: bool) -> tuple[int, str] | None:
-    """(row, reason) of the first puzzle that breaks a rule."""
-    questions, answers = rows.questions, rows.answers
-    units = tables(side).units
-    known = (questions <= side).all(1) & (answers <= side).all(1)
-    placed = np.where(answers <= side, np.left_shift(1, answers.clip(0, side), dtype=np.int16), 0)
-    full = sum(1 << digit for digit in range(1, side + 1))
-    solved = (np.bitwise_or.reduce(placed[:, units], axis=-1) == full).all(1)
-    kept = ((questions == 0) | (questions == answers)).all(1)
-    good = known & solved & kept
-    stop = len(good) if good.all() else int(good.argmin())
-    if check_unique and stop:
-        from hrm_rl.tasks.solver import check_many  # numba is only loaded where it is needed
-
-        counts, _ = check_many(questions[:stop])
-        if (counts != 1).any():
-            return int((counts != 1).argmax()), "the question has more than one solution"
-    return None if stop == len(good) else (stop, _reason(questions[stop], answers[stop], side))
-
-
-def _reason(question: np.ndarray, answer: np.ndarray, side: int) -> str:
-    def where(cell: int) -> str:
-        return f"row {cell // side + 1}, column {cell % side + 1}"
-
-    for name, cells, blank in (("question", question, True), ("answer", answer, False)):
-        bad = np.flatnonzero(cells > side) if blank else np.flatnonzero((cells > side) | (cells == 0))
-        if bad.size:
-            allowed = f"1 to {side}" + (", '.' or '0'" if blank else "")
-            return f"the {name} has a character that is not {allowed} at {where(int(bad[0]))}"
-    for name, cells in (("question", question), ("answer", answer)):
-        for index, unit in enumerate(tables(side).units):
-            counts = np.bincount(cells[unit], minlength=side + 1)[1:]
-            if (counts > 1).any():
-                kind = ("row", "column", "box")[index // side]
-                digit = int(counts.argmax()) + 1
-                return f"the {name} breaks the rules: {digit} more than once in {kind} {index % side + 1}"
-    cell = int(np.flatnonzero((question != 0) & (question != answer))[0])
-    return f"the answer contradicts the question at {where(cell)} ({answer[cell]}, given {question[cell]})"
+    return lookup[np.frombuffer(text, np.uint8)].reshape(len(grids), task.seq_len)
 
 
 def _short(text: str) -> str:

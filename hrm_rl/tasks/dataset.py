@@ -13,28 +13,30 @@ from torch import Tensor
 
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.tasks.csv_io import Rows, read_csv
-from hrm_rl.tasks.geometry import BOXES, box_of
+from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, Task, check_side, get_task, task_class
 
 SPLITS = ("train", "test")
 _DATA = Path(__file__).parent / "data"
-_SHIPPED = {f"sudoku-{side}": side for side in BOXES}
+SHIPPED = {"sudoku-4", "sudoku-6", "sudoku-9", "maze-10", "futoshiki-4", "n_queens-8", "mini_sudoku-4"}
+_MADE = {"train": 4000, "test": 1000}  # puzzles of a set that does not ship
 
 
 @dataclass(frozen=True)
 class PuzzleSet:
-    """N puzzles of one task and side as tokens (0 padding, 1 blank, digit d = d + 1). S cells, row by row."""
+    """N puzzles of one task and side as tokens (0 is padding, the rest the task's; in Sudoku 1 is a blank and digit d
+    is d + 1). S cells, row by row."""
 
     task: str
     side: int
     questions: Tensor  # (N, S) uint8
-    answers: Tensor  # (N, S) uint8, no blanks; 0 where a row is padding
+    answers: Tensor  # (N, S) uint8, the one right answer; 0 where a row is padding
     ratings: Tensor  # (N,) float32, larger is harder
     sources: tuple[str, ...]
     name: str  # where it came from, for reports
     sha256: str = ""  # of the content; worked out where it is not given
 
     def __post_init__(self) -> None:
-        grid = (len(self.sources), self.side**2)
+        grid = (len(self.sources), self.seq_len)
         for field, shape in (("questions", grid), ("answers", grid), ("ratings", grid[:1])):
             if tuple(getattr(self, field).shape) != shape:
                 raise ValueError(f"{field} must be {shape}, not {tuple(getattr(self, field).shape)}")
@@ -65,17 +67,24 @@ class PuzzleSet:
         return replace(self, **parts, sources=sources, sha256="")
 
     @property
+    def rules(self) -> Task:
+        """The task at this size."""
+        return get_task(self.task, self.side)
+
+    @property
     def seq_len(self) -> int:
-        return self.side * self.side
+        return self.rules.seq_len
 
     @property
     def vocab_size(self) -> int:
-        return self.side + 2
+        return self.rules.vocab_size
 
     @property
     def clues(self) -> Tensor:
-        """(N,) int64: how many givens each puzzle has."""
-        return (self.questions > 1).sum(1)
+        """(N,) int64: how many of the cells that a puzzle may leave open are given."""
+        rules = self.rules
+        given = (self.questions != rules.open_token) & (self.questions > 0)
+        return (given.sum(1) - (rules.seq_len - rules.cells)).clamp(min=0)
 
 
 def load_puzzles(
@@ -84,41 +93,79 @@ def load_puzzles(
     split: str = "train",
     limit: int | None = None,
     check_unique: bool = False,
+    task: str | None = None,
 ) -> PuzzleSet:
     """Read and check a set of puzzles.
 
-    source: "sudoku-4" | "sudoku-6" | "sudoku-9" (ships with the package), a path that ends in .csv or
-    .csv.gz, or "hf://owner/name" (the file {split}.csv of a dataset on the Hub).
+    source: "TASK-SIDE" ("sudoku-9", "maze-10": ships with the package; mazes of other sides are made on the spot,
+    always the same), a path that ends in .csv or .csv.gz, or "hf://owner/name" (the file {split}.csv of a dataset on
+    the Hub).
     side: the side it must have; None takes what the file holds. split: "train" or "test" (not for a path).
     limit: read no more than the first so many. check_unique: also refuse puzzles with several solutions.
+    task: what the puzzles are; None takes it from the name, and Sudoku for a file.
     Raises UserError, one line, "file:line: reason"."""
     text = str(source)
+    named = _named(text, task)
     if side is not None:
-        box_of(side)
+        check_side(task_class(named[0] if named else task or DEFAULT_TASK).sides, side)
     if text.startswith("hf:/"):  # a Path turns // into /
         path = _from_hub("hf://" + text[3:].lstrip("/"), split)
     elif text.endswith((".csv", ".csv.gz")):
         path = Path(text).expanduser()
-    elif text in _SHIPPED:
+    elif named is not None:
+        if task not in (None, named[0]):
+            raise UserError(f"{text} holds puzzles of the task {named[0]}, not {task}")
         if split not in SPLITS:
             raise UserError(f"{text} has the splits {' and '.join(SPLITS)}, not {split!r}")
-        if side not in (None, _SHIPPED[text]):
-            raise UserError(f"{text} holds puzzles of side {_SHIPPED[text]}, not {side}")
+        if side not in (None, named[1]):
+            raise UserError(f"{text} holds puzzles of side {named[1]}, not {side}")
+        task = named[0]
+        if text not in SHIPPED and not task_class(task).quick:
+            command = f"python -m hrm_rl.generate --task {task} --side {named[1]} --count 5000 --out FILE.csv"
+            raise UserError(f"no set ships for {text}: make one ({command}) and name it as the data")
+        if text not in SHIPPED:
+            return _made(*named, split, limit)
         path = _DATA / f"{text}-{split}.csv.gz"
     else:
+        known = sorted(SHIPPED)
         raise UserError(
-            f"unknown data {text!r}{nearest(text, _SHIPPED)} (a path ending in .csv or .csv.gz, "
-            f"hf://owner/name, or one of {', '.join(_SHIPPED)})"
+            f"unknown data {text!r}{nearest(text, known)} (a path ending in .csv or .csv.gz, "
+            f"hf://owner/name, or one of {', '.join(known)})"
         )
     shown = text if path == Path(text) else f"{text} ({split})"
-    return from_rows(read_csv(path, side, limit, check_unique), shown)
+    task = task or DEFAULT_TASK
+    return from_rows(read_csv(path, side, limit, check_unique, task), shown, task, side)
 
 
-def from_rows(rows: Rows, name: str) -> PuzzleSet:
-    """Digits, as read from a file or generated, to tokens."""
+def _named(text: str, task: str | None) -> tuple[str, int] | None:
+    """("maze", 10) of "maze-10"; None for anything else, and where no such set ships nor can be made.
+
+    Of tasks without a short name that of `task` alone is known."""
+    name, _, side = text.rpartition("-")
+    if name not in (*TASKS, task) or not side.isdecimal() or int(side) not in task_class(name).sides:
+        return None
+    return (name, int(side)) if text in SHIPPED or hasattr(task_class(name), "quick") else None
+
+
+def _made(task: str, side: int, split: str, limit: int | None) -> PuzzleSet:
+    """A set that does not ship, made on the spot: always the same puzzles, train and test without a form in common."""
+    maker = task_class(task)
+    rows = maker.generate(maker.spec(side=side, count=_MADE["test"], seed=2))
+    if split == "train":
+        forms = {maker.form(*puzzle) for puzzle in zip(rows.questions, rows.answers, strict=True)}
+        rows = maker.generate(maker.spec(side=side, count=_MADE["train"], seed=1), forms)
+    if limit is not None:
+        rows = Rows(*(part[:limit] for part in rows))
+    return from_rows(rows, f"{task}-{side} ({split})", task, side)
+
+
+def from_rows(rows: Rows, name: str, task: str = DEFAULT_TASK, side: int | None = None) -> PuzzleSet:
+    """Places in the task's characters, as read from a file or generated, to tokens."""
     questions, answers = torch.from_numpy(rows.questions) + 1, torch.from_numpy(rows.answers) + 1
     ratings = torch.from_numpy(rows.ratings).clone()
-    return PuzzleSet("sudoku", rows.side, questions, answers, ratings, rows.sources, name)
+    if side is None:
+        side = next(s for s in task_class(task).sides if get_task(task, s).seq_len == rows.questions.shape[1])
+    return PuzzleSet(task, side, questions, answers, ratings, rows.sources, name)
 
 
 def shared_puzzles(train: PuzzleSet, test: PuzzleSet) -> str | None:

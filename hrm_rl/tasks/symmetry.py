@@ -1,14 +1,20 @@
-"""The symmetries of Sudoku as tensor operations: one random symmetry for every row of a batch.
+"""Symmetries of puzzles as tensor operations: one random symmetry for every row of a batch.
 
-A symmetry is a permutation of the cells and a permutation of the digits. Cells: the bands change places, the
+Of Sudoku: a symmetry is a permutation of the cells and a permutation of the digits. Cells: the bands change places, the
 rows in each band, the stacks, the columns in each stack, and where boxes are square the grid may be
 transposed (a 2x3 box would become a 3x2 box: another puzzle). All choices are independent and uniform.
+
+Of grids with few symmetries (`Symmetries`): a table of all of them, from which one is drawn.
 
 Letters: B puzzles, n side, S = n * n cells. Everything stays on the device of the key, without a host sync.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,3 +55,34 @@ def _line_order(blocks: Tensor, draws: Tensor, size: int) -> Tensor:
     """blocks (B, n / size) order of the blocks, draws (B, n) -> the order of all lines (B, n)."""
     within = draws.unflatten(-1, (-1, size)).argsort(-1)
     return (blocks[:, :, None] * size + within).flatten(1)
+
+
+class Symmetries:
+    """A small group of symmetries by its table: K of them, each a permutation of the cells and one of the tokens.
+
+    cells (K, S): cells[k, i] is the cell that cell i takes its token from; labels (K, V): what each token becomes.
+    """
+
+    def __init__(self, cells: np.ndarray, labels: np.ndarray):
+        self.cells, self.labels = cells, labels
+        self._on = lru_cache(maxsize=8)(self._put)
+
+    def _put(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return tuple(torch.from_numpy(table.astype(np.int64)).to(device) for table in (self.cells, self.labels))
+
+    def draw(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """A uniformly random one for every key: (B,) int64 -> cells (B, S), labels (B, V)."""
+        chosen = rng.integers(key, len(self.cells))
+        cells, labels = self._on(key.device)
+        return cells[chosen], labels[chosen]
+
+    def images(self, values: np.ndarray) -> np.ndarray:
+        """All images of one grid: (S,) tokens -> (K, S)."""
+        return np.take_along_axis(self.labels, values[self.cells].astype(np.int64), axis=1)
+
+
+def of_the_square(side: int) -> np.ndarray:
+    """(8, side * side): the cells of a square grid under its rotations and reflections, as in `Symmetries`."""
+    cell = np.arange(side * side).reshape(side, side)
+    turned: Sequence[np.ndarray] = [np.rot90(flip, turns) for flip in (cell, cell.T) for turns in range(4)]
+    return np.stack([grid.ravel() for grid in turned])

@@ -88,7 +88,11 @@ def test_the_budget_hides_what_lies_beyond():
 def test_without_at_limit_the_fixed_point_is_another(monkeypatch):
     """Negative control of the test above: max(q_halt', q_continue') also at the budget."""
     own = q_targets.continue_target
-    monkeypatch.setattr(q_targets, "continue_target", lambda q, at_limit: own(q, torch.zeros_like(at_limit)))
+
+    def blind(next_q_logits, at_limit, *more):
+        return own(next_q_logits, torch.zeros_like(at_limit), *more)
+
+    monkeypatch.setattr(q_targets, "continue_target", blind)
     table = learn_table("extra_forward", 2, 2, prepare=lift_beyond)
     with pytest.raises(AssertionError, match="off by"):
         assert_fixed_point(table, fixed_point("extra_forward", 2, 2))

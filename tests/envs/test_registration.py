@@ -13,6 +13,7 @@ import pytest
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_of_sb3
+from task_testing import problem_of
 
 import hrm_rl
 
@@ -28,7 +29,8 @@ def warnings_are_errors():
 
 
 def test_something_is_registered():
-    assert "SudokuHalt-v0" in IDS
+    ours = {"SudokuHalt-v0", "MazeHalt-v0", "NQueensHalt-v0", "FutoshikiHalt-v0", "MiniSudokuHalt-v0"}
+    assert ours == set(IDS)
     assert hrm_rl.__version__ == "0.1.0"
 
 
@@ -48,8 +50,8 @@ def test_the_forced_halt_stays_a_termination(env_id):
 
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 @pytest.mark.parametrize("env_id", IDS)
-def test_checkers_find_nothing(env_id, observation, puzzles, core):
-    env = gym.make(env_id, data=puzzles, core=core, observation=observation, max_steps=4)
+def test_checkers_find_nothing(env_id, observation):
+    env = gym.make(env_id, **problem_of(env_id), observation=observation, max_steps=4)
     check_env(env.unwrapped)
     check_env_of_sb3(env)
     check_env_of_sb3(env.unwrapped)
@@ -66,8 +68,10 @@ def test_as_it_comes(env_id):
 
 
 @pytest.mark.parametrize("env_id", IDS)
-def test_make_vec_takes_the_vector_form(env_id, puzzles, core):
-    envs = gym.make_vec(f"hrm_rl:{env_id}", num_envs=4, data=puzzles, core=core)
+def test_make_vec_takes_the_vector_form(env_id):
+    problem = problem_of(env_id)
+    core = problem["core"]
+    envs = gym.make_vec(f"hrm_rl:{env_id}", num_envs=4, **problem)
     assert isinstance(envs, load_env_creator(gym.spec(env_id).vector_entry_point))
     obs, _ = envs.reset(seed=0)
     assert obs.shape == (4, core.num_positions * core.hidden_size) and obs.dtype == np.float32

@@ -36,6 +36,13 @@ def test_round_trip(tmp_path):
     assert (failed.status, failed.reason, failed.right) == ("failed", "no memory", None)
 
 
+def test_runs_may_share_tensors(tmp_path):
+    shared = torch.arange(3)
+    runs = [RunResult("a", seed, "finished", updates=shared) for seed in range(2)]
+    save_results(tmp_path / "r.safetensors", runs)
+    assert all(torch.equal(run.updates, shared) for run in load_results(tmp_path / "r.safetensors"))
+
+
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "r.safetensors"
     save_results(path, _runs())

@@ -13,6 +13,7 @@ from types import MethodType
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents import QHaltingAgent
 from hrm_rl.config import OptimConfig, TrainConfig
@@ -202,3 +203,17 @@ def losses_of(trainer) -> dict[str, float]:
     """The loss terms of the latest update, per slot; call it after every update."""
     taken = trainer.sums.take()
     return {name.removeprefix("loss/"): value for name, value in taken.items() if name.startswith("loss/")}
+
+
+# --- the device ---------------------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: reading a value, shapes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        boolean = name.startswith("aten::index.") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if boolean or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))

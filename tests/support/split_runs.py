@@ -13,6 +13,7 @@ import torch
 from hrm_testing import lively_trainer, small_puzzles, small_trainer
 
 from agents import AgentLoss, FixedAgent, HaltingAgent
+from agents.q_variant import QVariantAgent
 from hrm_rl.measure import FiniteWatch, NonFiniteError
 from hrm_rl.parallel import Ranks, joined
 
@@ -42,6 +43,10 @@ class OwnLossAgent(HaltingAgent):
         return AgentLoss(wrong.sum() / len(wrong), {"wrong": wrong.mean()})
 
 
+#: A ring for each slot, a coin for each slot and a copy of the heads.
+SWITCHES = dict(backup="double", replay="fifo", replay_size=12, target="polyak", tau=0.3, head="mlp", head_width=8,
+                q_bias=0.0, epsilon=0.5)  # fmt: skip
+
 CASES = {
     "shared_prefix": dict(bootstrap="shared_prefix", optim=dict(ema=0.9)),
     "extra_forward": dict(bootstrap="extra_forward", optim=dict(grad_clip=0.5)),
@@ -51,6 +56,7 @@ CASES = {
     "q": dict(objective="q"),
     "detached": dict(q_to_core=False),
     "supervised": dict(objective="supervised"),
+    "q_variant": dict(optim=dict(ema=0.9)),
     "own_loss": {},
     "unsplit": {},  # a control: every rank has the slots of the first
 }
@@ -65,6 +71,8 @@ def run(case: str, ranks: Ranks) -> dict:
     common = dict(ranks=ranks, puzzles=small_puzzles(14, padding=2), num_envs=4, optim=optim, **changes)
     if case == "supervised":
         trainer = small_trainer(FixedAgent, **common)
+    elif case == "q_variant":
+        trainer = small_trainer(QVariantAgent, SWITCHES, **common)
     elif case == "own_loss":
         trainer = small_trainer(OwnLossAgent, **common)
     else:
