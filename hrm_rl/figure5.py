@@ -115,14 +115,15 @@ def _run(model: Path, config: dict, budgets: Sequence[int], limit: int, device: 
     from hrm_rl import evaluation
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import pick_device, pick_dtype
-    from hrm_rl.evaluate import in_dtype, load_agent, which_agent
+    from hrm_rl.evaluate import in_dtype, load_agent, task_of, which_agent
     from hrm_rl.trainer import user_puzzles
 
     where = pick_device(device)
     loaded = load_core(model)
     core = in_dtype(loaded.core, pick_dtype("auto", where)).to(where)
     count = limit or config.get("test_limit") or None
-    puzzles = user_puzzles(config.get("test_data"), config["size"], "test", count)
+    task, side = task_of(loaded)
+    puzzles = user_puzzles(config.get("test_data"), side, "test", count, task)
     name, arguments = which_agent("auto", loaded)
     agent = load_agent(name, arguments, loaded, core, budgets[-1]).to(where)
     run = evaluation.trajectories(core, agent, puzzles, budgets[-1], 128, where, progress=progress)
@@ -290,7 +291,8 @@ def figure(path: Path, table: Sequence[Row], note: str) -> None:
         scaling.axvline(m, color=f"C{color + 2}", lw=0.8, ls=":")
     for axes, title, y in ((compute, "(a) compute", "mean segments used"), (accuracy, "(b) accuracy", "exact accuracy"),
                            (scaling, "(c) more segments at inference", "exact accuracy")):  # fmt: skip
-        axes.set(title=title, xlabel="M (fixed) or M_max (ACT)" if axes is not scaling else "M_max at inference", ylabel=y)
+        x = "M_max at inference" if axes is scaling else "M (fixed) or M_max (ACT)"
+        axes.set(title=title, xlabel=x, ylabel=y)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.25)
@@ -318,7 +320,8 @@ def write(out: Path, points: Sequence[Point], note: str) -> tuple[list[Row], lis
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "fig5.csv", to_csv(table).encode())
     plain = {"note": note, "puzzles": len(points[0].right), "claims": [vars(c) for c in said],
-             "rows": [vars(r) | {"accuracy": vars(r.accuracy), "mean_steps": vars(r.mean_steps)} for r in table]}  # fmt: skip
+             "rows": [vars(r) | {"accuracy": vars(r.accuracy), "mean_steps": vars(r.mean_steps)}
+                      for r in table]}  # fmt: skip
     write_atomically(out / "fig5.json", (json.dumps(plain, indent=1) + "\n").encode())
     figure(out / "fig5.png", table, note)
     return table, said
@@ -331,3 +334,57 @@ def check_same_puzzles(points: Sequence[Point]) -> None:
         raise UserError(f"figure 5: the runs were tested on different numbers of puzzles ({sorted(counts)})")
     if not torch.stack([p.steps.amax() <= p.budget for p in points]).all():
         raise UserError("figure 5: a run used more segments than its budget")
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def command(argv: Sequence[str]) -> int:
+    """Figure 5 of the paper: trains what is missing, then draws ACT against fixed segments, with a table."""
+    import sys
+    import time
+
+    from tqdm import tqdm
+
+    from hrm_rl import ablate, cli
+    from hrm_rl.devices import describe, pick_device
+
+    parser = cli.make_parser("python -m hrm_rl.figures fig5", command.__doc__, config=False)
+    parser.add_argument("study", nargs="?", type=str, default="figure5",
+                        help="Study of the runs: figure5 (two CPU cores, about an hour), figure5_gpu (the full public "
+                        "set) or a YAML file of kind train.")  # fmt: skip
+    parser.add_argument("--out", type=str, default="", help="Folder of the study; nothing: studies/NAME.")
+    parser.add_argument("--seeds", type=int, default=0, help="Runs an arm; 0 is the study's own number.")
+    parser.add_argument("--beyond", type=list[int], default=[16, 32],
+                        help="Budgets at inference beside the trained one.")  # fmt: skip
+    parser.add_argument("--limit", type=int, default=0, help="At most this many test puzzles; 0 takes all.")
+    parser.add_argument("--workers", type=int, default=0, help="Runs at a time; 0 is one a core.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda.")
+    options = cli.parse(parser, argv)
+    for name, values, high in (("beyond", options.beyond, 10_000), ("limit", [options.limit], 1 << 30)):
+        if any(not (0 if name == "limit" else 1) <= value <= high for value in values):
+            raise UserError(f"--{name} must be between {0 if name == 'limit' else 1} and {high}, not {values}")
+    out = Path(options.out or Path("studies") / Path(options.study).stem).expanduser()
+    words = [options.study, "--out", str(out), "--device", options.device]
+    words += [word for name in ("seeds", "workers") if options[name] for word in (f"--{name}", str(options[name]))]
+    code = ablate.main(words)
+    if code:
+        return code
+    runs = sorted(path.parent for path in (out / "runs").glob("*/report.json"))
+    points = []
+    for run in tqdm(runs, unit="run", desc="test puzzles", disable=None, file=sys.stderr, leave=False):
+        points += measure(run, options.beyond, options.limit, options.device)
+    if not points:
+        raise UserError(f"{out}: holds no finished run to draw")
+    check_same_puzzles(points)
+    machine = describe(pick_device(options.device))
+    note = f"{Path(options.study).stem}: {len(points[0].right):,} test puzzles, 95 % intervals over seeds and puzzles"
+    table, said = write(out, points, f"{note}\n{machine}, {time.strftime('%Y-%m-%d')}")
+    print("\n" + text(table) + "\n")
+    for claim in said:
+        print(f"{claim.verdict:<13} {claim.paper}\n{'':<13} {claim.measured}")
+    few = min(row.seeds for row in table)
+    if few < 5:
+        print(f"\n{few} seeds: intervals over so few cover too little, see hrm_rl/study/statistics.py")
+    print(f"\nfigure: {out / 'fig5.png'}, table: {out / 'fig5.csv'} and fig5.json")
+    return 0

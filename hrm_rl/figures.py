@@ -13,6 +13,7 @@ from hrm_rl.errors import UserError, nearest
 COMMANDS = {
     "residuals": "hrm_rl.residuals:residuals_command",
     "gradient": "hrm_rl.residuals:gradient_command",
+    "fig5": "hrm_rl.figure5:command",
 }
 
 RIGHT, WRONG, NEUTRAL = "#1b7f4d", "#c0392b", "#34495e"

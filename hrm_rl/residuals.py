@@ -138,7 +138,7 @@ def _load(options) -> tuple[RecurrentCore, PuzzleSet, dict]:
     """The core, the puzzles and where the numbers come from."""
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device
-    from hrm_rl.evaluate import in_dtype
+    from hrm_rl.evaluate import in_dtype, task_of
     from hrm_rl.trainer import user_puzzles
 
     for name, high in (("puzzles", 1 << 20), ("max_steps", 10_000)):
@@ -147,7 +147,8 @@ def _load(options) -> tuple[RecurrentCore, PuzzleSet, dict]:
     device = pick_device(options.device)
     loaded = load_core(options.run)
     core = in_dtype(loaded.core, options.dtype).to(device)
-    puzzles = user_puzzles(options.data or None, round(core.config.seq_len**0.5), "test", options.puzzles)
+    task, side = task_of(loaded)
+    puzzles = user_puzzles(options.data or None, side, "test", options.puzzles, task)
     about = {"model": Path(loaded.source).name if options.run is None else loaded.source, "core": core.config.kind,
              "calls": list(core.calls), "dtype": options.dtype, "test": puzzles.name, "puzzles": len(puzzles),
              "machine": describe(device), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
