@@ -171,6 +171,7 @@ def test_the_folder_of_another_study_is_refused_by_name(place, monkeypatch, caps
         assert refusal(["small.yaml", "--out", "o"], monkeypatch, capsys).startswith("o/study.json: ")
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder(place, monkeypatch, capsys):
     assert run("small.yaml", "--out", "o") == 0
     held = lock_run(Path("o"))

@@ -296,6 +296,7 @@ def test_a_fault_in_the_product_is_not_hidden(monkeypatch):
         cli.run(lambda argv: {}["no"])
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(place):
     """In a process of its own, as a user sees it."""
     plain = [sys.executable, "-m", "hrm_rl.generate", "--cuont", "3"]

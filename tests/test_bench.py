@@ -198,6 +198,7 @@ def test_a_broken_graph_is_refused(tiny, quick, monkeypatch):
         bench.bench_train(train(tiny, "--compile", "on", "--dtype", "float32", "--bootstrap", "none"))
 
 
+@pytest.mark.slow
 def test_a_fall_back_to_eager_is_refused(tiny, quick, monkeypatch):
     def failing(*arguments):
         raise RuntimeError("no compiler today")

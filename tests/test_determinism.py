@@ -71,6 +71,7 @@ def rollout(**keywords) -> list[np.ndarray]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_same_with_and_without_workers():
     """Single environments in processes of their own, in this process, and the vector form that calls the core once."""
     def form(mode, **keywords):

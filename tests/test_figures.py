@@ -95,6 +95,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, words, said):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_module_runs():
     found = subprocess.run([sys.executable, "-m", "hrm_rl.figures", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and all(name in found.stdout for name in figures.COMMANDS)

@@ -288,6 +288,7 @@ def one_config(path, data: bytes) -> None:
         assert read_options(cli.parse(PARSER, ["--config", str(path)]))[0] == config
 
 
+@pytest.mark.slow
 @settings(max_examples=QUICK // 2, **COMMON)
 @example(b"")
 @example(b"\x00\x01\xff")

@@ -41,10 +41,11 @@ def test_initial_states_are_drawn_as_published():
     """A unit normal cut at two sigmas, one vector for all positions, and every puzzle starts from it."""
     trainer = small_trainer(core=HRMCore(small_trainer().config.core, torch.Generator().manual_seed(4)))
     core = trainer.core
-    wide = type(core)(core.config.__class__(hidden_size=4096, num_heads=2, H_layers=1, L_layers=1, puzzle_emb_ndim=0,
-                                            token_mixing="grid", positions="none"))  # fmt: skip
+    wide = type(core)(core.config.__class__(hidden_size=1024, num_heads=2, H_layers=1, L_layers=1, puzzle_emb_ndim=0,
+                                            expansion=0.25, inner_multiple=64, token_mixing="grid", positions="none"),
+                      torch.Generator().manual_seed(0))  # fmt: skip
     for z in (wide.H_init, wide.L_init):
-        assert abs(z.mean()) < 0.06 and abs(z.std() - 1) < 0.03 and z.abs().max() <= 2 / 0.8796 + 1e-4
+        assert abs(z.mean()) < 0.12 and abs(z.std() - 1) < 0.08 and z.abs().max() <= 2 / 0.8796 + 1e-4
     z_H, z_L = core.initial_state(3)
     assert z_H.shape == (3, core.num_positions, 16)
     assert (z_H == core.H_init).all() and (z_L == core.L_init).all() and not torch.equal(core.H_init, core.L_init)

@@ -59,6 +59,7 @@ def trainer(env_id: str, **changes) -> Trainer:
     return Trainer(config, QHaltingAgent, puzzles=puzzles, test_puzzles=puzzles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", OTHERS)
 def test_a_core_learns_eight_puzzles_by_heart(env_id):
     run = trainer(env_id)
@@ -70,7 +71,7 @@ def test_a_core_learns_eight_puzzles_by_heart(env_id):
     assert run.config.core.geometry == ("auto" if env_id.startswith("Mini") else run.puzzles.rules.geometry)
 
 
-@pytest.mark.parametrize("env_id", OTHERS)
+@pytest.mark.parametrize("env_id", [OTHERS[0], *(pytest.param(i, marks=pytest.mark.slow) for i in OTHERS[1:])])
 def test_from_the_command_to_the_report_and_back(env_id, tmp_path, capsys):
     (tmp_path / "small.yaml").write_text(SMALL)
     flags = ["--config", str(tmp_path / "small.yaml"), "--env", env_id, "--out", str(tmp_path), "--name", "run"]

@@ -102,7 +102,9 @@ def run(
             status, reason = "diverged", str(error.__cause__ if lost else error)
     found = read_measures(runs / folder / "measures")
     ends = session.ends if status == "finished" else {}
-    return [RunResult(name, seed, status, reason, time.perf_counter() - began, **found, **ends, changes=changes)]
+    live = config.objective != "q"
+    seconds = time.perf_counter() - began
+    return [RunResult(name, seed, status, reason, seconds, **found, **ends, live=live, changes=changes)]
 
 
 class StudySession(_Session):

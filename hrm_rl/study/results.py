@@ -38,6 +38,7 @@ class RunResult:
     right: Tensor | None = None  # (N,) bool: the answer at the halt, at the last checkpoint
     steps: Tensor | None = None  # (N,) int64: the segment of the halt, at the last checkpoint
     puzzles: str = ""  # SHA-256 of what `right` is about (recording or puzzles and core): runs that share it are paired
+    live: bool = False  # the core was trained as well: what the values are held against moved during the run
     changes: dict = field(default_factory=dict)  # the arm's settings that differ from the study's baseline, for tables
 
     def final(self, metric: str) -> float:
@@ -62,7 +63,7 @@ def save_results(path: Path, results: Sequence[RunResult]) -> None:
                 tensors[f"{i}.{name}"] = value.to(torch.bool if name == "right" else torch.int32)
         plain.append({
             "arm": run.arm, "seed": run.seed, "status": run.status, "reason": run.reason, "seconds": run.seconds,
-            "puzzles": run.puzzles, "changes": run.changes, **names,
+            "puzzles": run.puzzles, "live": run.live, "changes": run.changes, **names,
         })  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "runs": json.dumps(plain)}

@@ -32,6 +32,8 @@ class StabilityThresholds:
         drift: Largest mean target drift of the last quarter, in units of the range that values take.
         progress: Share of that drift by which the bias must fall for the drift to be learning.
         bias_rise: Largest rise of the mean |bias| of CONTINUE above what it was, in the mean of the last quarter.
+        moving_truth: The core was trained as well, so that returns, targets and truth move with it: `drop` is then
+            asked of the regret (what the halting loses on the core as it is), and swings of the last quarter count.
     """
 
     drop: float = 0.1  # the standard arm stays within 0.004 once it has learned
@@ -42,6 +44,11 @@ class StabilityThresholds:
     drift: float = 0.1  # settled learners: 0.002 to 0.02 (mse_logits 0.05); mse_logits, one slot, lr 0.01: 0.12 up
     progress: float = 0.25  # targets that go straight to the truth have 1, those that wander have 0
     bias_rise: float = 0.3  # arms that hold their return: 0.05 (mse_logits 0.14, weights drawn at random 0.25)
+    moving_truth: bool = False
+
+
+#: Live runs: while a core learns, targets must move, and values that were right of a core that solved nothing are not.
+LIVE = StabilityThresholds(drift=math.inf, bias_rise=math.inf, moving_truth=True)
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,11 @@ class Stability:
 def verdict(run: RunResult, thresholds: StabilityThresholds | None = None) -> Stability:
     """Judge one run by its metrics; those that it does not have (an agent without values) judge nothing.
 
+    thresholds: None is `LIVE` for a run whose core was trained, else the defaults.
+
     The checkpoint at update 0 sets no peak: the policy there is what the start makes of it, and nothing was learned.
     """
-    t = thresholds or StabilityThresholds()
+    t = thresholds or (LIVE if run.live else StabilityThresholds())
     updates = run.updates.tolist()
     learned = [i for i, update in enumerate(updates) if update > 0]
     accuracy = _series(run, "accuracy")
@@ -105,6 +114,8 @@ def _late(count: int, share: float = 0.25) -> int:
 def _returns(run: RunResult, t: StabilityThresholds, first: int) -> tuple[list[str], int | None]:
     """Collapse and swings of the mean return (the accuracy where there is none); where a collapse began."""
     score, name = _series(run, "mean_return"), "return"
+    if t.moving_truth:
+        score, name = -_series(run, "regret"), "minus the regret"
     if score.isnan().all():
         score, name = _series(run, "accuracy"), "accuracy"
     count = len(score)
@@ -118,7 +129,7 @@ def _returns(run: RunResult, t: StabilityThresholds, first: int) -> tuple[list[s
     if held < count - 1 and score[top] - end > allowed and not _still_learning(run, held, count - 1):
         fell = f"{float(score[top]):.3f} at update {int(run.updates[top])}, {end:.3f} in the last quarter"
         return [f"collapse: {name} {fell}"], held + 1
-    peak = max(first, _late(count, 0.5))
+    peak = max(first, _late(count, 0.25 if t.moving_truth else 0.5))
     worst, at = allowed, None
     for i in range(peak, count):
         peak = i if score[i] >= score[peak] else peak

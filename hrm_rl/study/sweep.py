@@ -295,21 +295,20 @@ class RayWorkers:
 
         def connect() -> None:
             try:
-                with _silence():
-                    self.ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **how)
+                self.ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **how)
                 ended.append(None)
             except BaseException as error:  # told to the caller below
                 ended.append(error)
 
         if said != "local":
-            streams = sys.stdout, sys.stderr
             thread = threading.Thread(target=connect, daemon=True)
-            thread.start()
-            thread.join(CONNECT_SECONDS)
-            sys.stdout, sys.stderr = streams  # where it was given up it is silent still
+            with _silence():  # here, not in the thread: one that is given up must not move the streams of all later
+                thread.start()
+                thread.join(CONNECT_SECONDS)
         else:
             kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            connect()
+            with _silence():
+                connect()
             for number, handler in kept.items():  # Ray takes SIGTERM for itself
                 signal.signal(number, handler)
         if not ended:

@@ -452,6 +452,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "lam"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
@@ -507,6 +508,7 @@ def test_whether_the_q_loss_reaches_the_core(arguments, changes, moves):
     assert all(not torch.equal(p, heads[n]) for n, p in trainer.agent.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_run_is_resumed_number_for_number(tmp_path, name):
     """Through a checkpoint on disk, in mid-episode; without the copies or the ring (negative control) it differs."""

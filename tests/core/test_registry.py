@@ -50,6 +50,7 @@ def users_folder(tmp_path, monkeypatch):
         RecurrentCore.defined[KIND] = held
 
 
+@pytest.mark.slow
 def test_a_core_of_ones_own_from_its_file_to_the_report(users_folder, capsys):
     assert train.main([*RUN, "--core.kind", KIND, "--name", "mine", "--seed", "1"]) == 0
     run = users_folder / "runs" / "mine"

@@ -92,7 +92,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 4, 8])
+@pytest.mark.parametrize("at", [4, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 8))])
 def test_one_that_was_stopped_ends_as_if_it_was_not(tmp_path, seen, monkeypatch, at):
     held = study(tmp_path)
     whole = do(held, tmp_path / "whole", "baseline")

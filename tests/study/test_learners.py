@@ -220,6 +220,7 @@ def test_max_and_double_reach_the_optimum(switches):
     assert (q[..., 1] - wrong).abs().max() > 0.12
 
 
+@pytest.mark.slow
 def test_ponder_cost_is_in_the_target():
     arm = Arm(**QUICK | {"replay": "uniform", "loss": "mse_logits", "ponder_cost": 0.2, "lr": 0.02})
     q = _learned(arm, _named(FOUR), 500)
@@ -229,6 +230,7 @@ def test_ponder_cost_is_in_the_target():
     assert (free[..., 1] - cont).abs().max() > 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backup", "lam", "value"), [
     ("max", 0.65, 1.0), ("sarsa", 0.65, 0.5), ("mc", 0.65, 0.5), ("lambda", 0.5, 0.75),
     _slow("double", 0.65, 1.0), _slow("lambda", 0.0, 1.0), _slow("lambda", 1.0, 0.5),
@@ -246,6 +248,7 @@ def test_each_backup_values_what_it_should(backup, lam, value):
     assert q[1:, :, 1].max() < 0.05  # from there on nothing can be earned by going on
 
 
+@pytest.mark.slow
 def test_episodes_know_gamma_and_cost():
     """One way only, right at the end alone: the return of step m is -c - gamma c - ... + gamma^(M - m)."""
     settings = {"loss": "mse_logits", "gamma": 0.9, "ponder_cost": 0.1, "epsilon": 1.0, "lr": 0.02}

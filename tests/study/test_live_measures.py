@@ -30,13 +30,13 @@ def test_metrics_are_those_of_the_trajectories():
     trainer = trained()
     live = measure_live(trainer, PROBE)
     run = evaluation.trajectories(trainer.core, trainer.agent, PROBE, 4, 8)
-    assert torch.allclose(live.q_logits, run.q_logits, atol=1e-5)
+    assert torch.allclose(live.q_logits, run.q_logits, atol=1e-4)  # other batches: rounding
     assert torch.equal(live.steps, run.halt_steps(4)) and torch.equal(live.right, run.at(live.steps)[0])
     want, by_step = measures.measure(run.q_logits[None], run.exact)
     for name, value in want.items():
         assert live.metrics[name] == pytest.approx(float(value[0]), abs=1e-4, nan_ok=True), name
     assert set(live.metrics) == set(measures.METRICS) and set(live.by_step) == set(measures.BY_STEP)
-    assert torch.allclose(live.by_step["bias_continue"], by_step["bias_continue"][0], atol=1e-5)
+    assert torch.allclose(live.by_step["bias_continue"], by_step["bias_continue"][0], atol=1e-4)
     largest = max(float(p.detach().abs().max()) for p in trainer.trained.values())
     assert live.metrics["param_inf_norm"] == pytest.approx(largest)
     assert live.metrics["param_bound_ratio"] == pytest.approx(largest * trainer.config.optim.weight_decay)

@@ -119,6 +119,7 @@ def test_few_seeds_are_said_in_words():
     assert seeds_in_words([1]) == "1 seed, fewer than 5" and seeds_in_words([10, 10]) == "10 seeds an arm"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")  # numbers that are not there may not even warn
 @pytest.mark.parametrize(
     "case", ["one run", "failed", "nan", "none", "no baseline", "huge", "no metrics", "unfinished"])
@@ -263,6 +264,7 @@ def test_the_table_reads_back(tmp_path):
     assert one["bias_continue"] == float(run.by_step["bias_continue"][3, 4]) and len(steps) == 4 * 4 * 16
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_order_of_the_runs(tmp_path):
     info, results = make_study({"b": Made(seeds=3), "a": Made({"lr": 0.5}, seeds=3)}, checkpoints=2)
     assert render(info, results, judge, METRICS) == render(info, results[::-1], judge, METRICS)

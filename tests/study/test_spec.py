@@ -222,7 +222,7 @@ def test_the_standard_grid_has_every_switch_of_the_issue():
         "ponder_cost": {0.0, 0.01}, "epsilon": {0.0, 0.1}, "lr": {1e-3, 0.1}, "tau": {0.005},
     }.items():  # fmt: skip
         assert wanted <= held[name], name
-    assert study.seeds == 10 and len(study.runs) < 1000 and study.baseline.values == Arm().to_values()
+    assert study.seeds == 10 and len(study.runs) < 1500 and study.baseline.values == Arm().to_values()
     unstable = next(arm for arm in study.arms if arm.name == "unstable").values
     assert (unstable["num_envs"], unstable["weight_decay"], unstable["loss"]) == (1, 0.0, "mse_logits")
     assert unstable["lr"] >= 100 * Arm().lr

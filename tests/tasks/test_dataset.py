@@ -62,6 +62,7 @@ def commands(side: int) -> list[list[str]]:
     return [shlex.split(command) for command in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [4, 6, pytest.param(9, marks=pytest.mark.slow)])
 def test_the_readme_makes_the_shipped_files(side, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
