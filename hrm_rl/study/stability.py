@@ -33,7 +33,7 @@ class StabilityThresholds:
         progress: Share of that drift by which the bias must fall for the drift to be learning.
         bias_rise: Largest rise of the mean |bias| of CONTINUE above what it was, in the mean of the last quarter.
         moving_truth: The core was trained as well, so that returns, targets and truth move with it: `drop` is then
-            asked of the regret (what the halting loses on the core as it is), and swings of the last quarter count.
+            asked of the regret (what the halting loses on the core as it is) and of the accuracy, in the second half.
     """
 
     drop: float = 0.1  # the standard arm stays within 0.004 once it has learned
@@ -112,12 +112,26 @@ def _late(count: int, share: float = 0.25) -> int:
 
 
 def _returns(run: RunResult, t: StabilityThresholds, first: int) -> tuple[list[str], int | None]:
-    """Collapse and swings of the mean return (the accuracy where there is none); where a collapse began."""
-    score, name = _series(run, "mean_return"), "return"
+    """Collapse and swings of the mean return (the accuracy where there is none); where a collapse began.
+
+    Where the truth moves: of the regret and of the accuracy, each from its best of the second half on, since a core
+    that solves nothing loses nothing by its halting.
+    """
     if t.moving_truth:
-        score, name = -_series(run, "regret"), "minus the regret"
+        first = max(first, _late(len(run.updates), 0.5))
+        lost, at = _falls(run, t, first, -_series(run, "regret"), "minus the regret")
+        fell, when = _falls(run, t, first, _series(run, "accuracy"), "accuracy")
+        return lost + fell, at if at is not None else when
+    score, name = _series(run, "mean_return"), "return"
     if score.isnan().all():
         score, name = _series(run, "accuracy"), "accuracy"
+    return _falls(run, t, first, score, name)
+
+
+def _falls(
+    run: RunResult, t: StabilityThresholds, first: int, score: Tensor, name: str
+) -> tuple[list[str], int | None]:
+    """Whether a score (C,) collapsed or swung from checkpoint `first` on."""
     count = len(score)
     if count - first < 2 or score[first:].isnan().all():
         return [], None

@@ -154,3 +154,22 @@ def test_agents_without_values_are_judged_by_what_they_earn():
 def test_thresholds_are_the_callers():
     mild = run(**returns([0.9] * 13 + [0.7] * 8))
     assert verdict(mild).unstable and not verdict(mild, StabilityThresholds(drop=0.5)).unstable
+
+
+def test_a_live_run_is_judged_by_its_regret_and_only_once_it_has_learned():
+    """Nothing is lost on a core that solves nothing, and targets move while it learns: that is no instability."""
+    accuracy = [0.0, 0.0, 0.0, 0.1, 0.3, 0.5, 0.6, 0.65, 0.7, 0.72, 0.72]
+    regret = [0.0, 0.0, 0.05, 0.3, 0.35, 0.2, 0.15, 0.1, 0.1, 0.08, 0.08]
+    moving = {"target_drift": [0.2] * 11, "abs_bias_continue": [0.0] * 3 + [0.5] * 8}
+
+    def run(live=True, **changes):
+        series = {"accuracy": accuracy, "mean_return": accuracy, "regret": regret, **moving} | changes
+        held = {name: torch.tensor(value).double() for name, value in series.items()}
+        return RunResult("a", 0, "finished", updates=torch.arange(0, 110, 10), metrics=held, live=live)
+
+    assert not verdict(run()).unstable
+    assert verdict(run(live=False)).unstable  # negative control: on a frozen core this is not how learning looks
+    lost = verdict(run(regret=[*regret[:7], 0.1, 0.4, 0.4, 0.4]))
+    assert lost.unstable and lost.reasons[0].startswith("collapse: minus the regret")
+    fallen = verdict(run(accuracy=[*accuracy[:8], 0.2, 0.2, 0.2]))
+    assert fallen.unstable and "accuracy" in fallen.reasons[0]
