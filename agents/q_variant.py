@@ -1,6 +1,6 @@
 """Q-learning for halting with every switch of a study: target networks, replay, other backups, losses and heads.
 
-The live counterpart of `hrm_rl.study.arms.Arm` for joint training, with the same names and meanings; the defaults are
+The live counterpart of `agents.arm.Arm` for joint training, with the same names and meanings; the defaults are
 HRM's rule, number for number `agents.q_halting.QHaltingAgent`. Sources: target networks and replay, DQN (Mnih et al.,
 Nature 518, 2015); Polyak averages, arXiv:1509.02971, section 3; a copy of the last layer alone, iS-QL,
 arXiv:2506.04398; double Q-learning, van Hasselt (NeurIPS 2010), algorithm 1; SARSA, Monte-Carlo and lambda-returns as
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents import q_targets, replay, returns
+from agents.arm import Arm
 from agents.base import Transition
 from agents.lambda_return import lambda_losses
 from agents.q_halting import QHaltingAgent
@@ -45,7 +46,6 @@ from hrm_rl.core.layers import rms_norm, trunc_normal_
 from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 from hrm_rl.settings import check_settings
-from hrm_rl.study.arms import Arm
 
 _EPS = 1e-5  # of the norms
 _COIN, _DRAW = 0x434F494E, 0x44524157  # purposes of the draws: which head learns, which decision is replayed

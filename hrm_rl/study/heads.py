@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agents.arm import Arm
 from hrm_rl.core.layers import rms_norm, trunc_normal_
-from hrm_rl.study.arms import Arm
 
 Parameters = Mapping[str, Tensor]
 EPS = 1e-5  # under the root of a norm

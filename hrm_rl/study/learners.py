@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from agents import q_targets
+from agents.arm import Arm
 from hrm_rl.calibration import halting_steps, read_at
 from hrm_rl.errors import UserError
-from hrm_rl.study.arms import Arm
 from hrm_rl.study.heads import Heads
 from hrm_rl.study.results import RunResult
 from hrm_rl.study.stack import Stack, setting_of

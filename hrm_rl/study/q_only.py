@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hrm_rl.study.arms import Arm
+from agents.arm import Arm
 from hrm_rl.study.results import RunResult
 from hrm_rl.study.spec import PuzzleSource, Study
 from hrm_rl.study.sweep import Run, Task, fewer_runs, halves

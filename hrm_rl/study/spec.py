@@ -13,7 +13,7 @@
         - {loss: [mse_values, mse_logits]}
       wild: {name: wild, lr: 10}     # one arm under a name of its own
 
-Fields of q_only are those of `hrm_rl.study.arms.Arm`; those of joint and train are the settings of `hrm_rl.train`, in
+Fields of q_only are those of `agents.arm.Arm`; those of joint and train are the settings of `hrm_rl.train`, in
 the layout of its YAML files (optim: {lr: ...}, agent_args: {target: ...}). Arms are named by what differs from the
 baseline, which is always there; what has no effect (tau without a running average) is no difference, and arms that are
 the same are one arm.
@@ -34,10 +34,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from agents.arm import Arm
 from hrm_rl.cli import blaming
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.settings import fits, hints_of, in_words, is_pair, shortened
-from hrm_rl.study.arms import Arm
 from hrm_rl.yaml_files import compose, construct
 
 Kind = Literal["q_only", "joint", "train"]

@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse(build_parser(), argv)
     import torch
 
+    from agents.arm import Arm
     from hrm_rl.devices import describe, pick_device
-    from hrm_rl.study.arms import Arm
     from hrm_rl.study.learners import groups
     from hrm_rl.study.stack import Stack
     from hrm_rl.study.trajectories import Trajectories

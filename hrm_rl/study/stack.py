@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from agents import q_targets, returns
+from agents.arm import Arm
 from envs.actions import CONTINUE, HALT
-from hrm_rl.study.arms import Arm
 from hrm_rl.study.heads import TRUNK, Heads
 from hrm_rl.study.slots import Fifo, Slots, uniform_of_update
 from hrm_rl.study.stacked_optim import Setting, StackedOptimizer

@@ -15,6 +15,7 @@ from hrm_testing import NoWaiting, counting_core, small_puzzles, small_trainer
 
 from agents import AGENTS, QHaltingAgent, Transition, View, make_agent, q_targets, replay, returns
 from agents import q_variant as module
+from agents.arm import Arm
 from agents.memory import Memory
 from agents.q_variant import DoubleHead, FeatureHead, QVariantAgent, frozen_copy
 from agents.replay import at, filled, push
@@ -26,7 +27,6 @@ from hrm_rl.core.io import load_core
 from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 from hrm_rl.evaluate import load_agent, which_agent
-from hrm_rl.study.arms import Arm
 
 M = 4
 #: One of each switch, crossed somehow; each runs, resumes, is saved and loaded.

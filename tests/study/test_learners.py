@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from agents import QHaltingAgent, exploration, q_targets
+from agents.arm import Arm
 from agents.base import Transition, View
 from agents.lambda_return import LambdaAgent
 from agents.monte_carlo import MonteCarloAgent
@@ -23,7 +24,6 @@ from envs.actions import CONTINUE, HALT
 from hrm_rl import rng
 from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
-from hrm_rl.study.arms import Arm
 from hrm_rl.study.heads import Heads, normalised
 from hrm_rl.study.learners import check, group_key, groups, shared_by, train, train_group
 from hrm_rl.study.slots import Fifo, Slots

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from agents.arm import Arm
 from hrm_rl.errors import UserError
-from hrm_rl.study.arms import Arm
 from hrm_rl.study.results import RunResult, load_results, save_results
 
 

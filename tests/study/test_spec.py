@@ -11,9 +11,9 @@ import study_stand_ins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.arm import Arm
 from hrm_rl.errors import UserError
 from hrm_rl.study import spec
-from hrm_rl.study.arms import Arm
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
+from agents.arm import Arm
 from hrm_rl.errors import UserError
-from hrm_rl.study.arms import Arm
 from hrm_rl.study.results import RunResult
 
 

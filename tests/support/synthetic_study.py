@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
-from hrm_rl.study.arms import Arm
+from agents.arm import Arm
 from hrm_rl.study.info import StudyInfo
 from hrm_rl.study.results import RunResult
 
