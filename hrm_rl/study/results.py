@@ -82,7 +82,7 @@ def load_results(path: Path) -> list[RunResult]:
             raise UserError(f"{path}: not the results of a study (format {header.get('format')!r})")
         found = []
         for i, plain in enumerate(json.loads(header["runs"])):
-            # For a while on 2026-11-22 learners on recordings wrote their changes here, by mistake: those were not live.
+            # For a while on 2026-11-22 learners on recordings wrote their changes here by mistake; they were not live.
             plain["live"] = plain.get("live") is True
             for kind in ("metrics", "by_step"):
                 names = plain[kind]
