@@ -276,6 +276,8 @@ def figure(path: Path, table: Sequence[Row], note: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from hrm_rl.checkpoint import write_atomically
+
     made = Figure(figsize=(14, 4.4), layout="constrained")
     FigureCanvasAgg(made)
     made.suptitle(note, fontsize=10)
@@ -298,7 +300,9 @@ def figure(path: Path, table: Sequence[Row], note: str) -> None:
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     compute.set_ylim(0, None)
-    made.savefig(path, dpi=110)
+    image = io.BytesIO()
+    made.savefig(image, format="png", dpi=110)
+    write_atomically(path, image.getvalue())
 
 
 def _line(axes, own: Sequence[Row], name: str, style: str, label: str, color: str | None = None) -> None:
@@ -320,11 +324,16 @@ def write(out: Path, points: Sequence[Point], note: str) -> tuple[list[Row], lis
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "fig5.csv", to_csv(table).encode())
     plain = {"note": note, "puzzles": len(points[0].right), "claims": [vars(c) for c in said],
-             "rows": [vars(r) | {"accuracy": vars(r.accuracy), "mean_steps": vars(r.mean_steps)}
+             "rows": [vars(r) | {"accuracy": _plain(r.accuracy), "mean_steps": _plain(r.mean_steps)}
                       for r in table]}  # fmt: skip
-    write_atomically(out / "fig5.json", (json.dumps(plain, indent=1) + "\n").encode())
+    write_atomically(out / "fig5.json", (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode())
     figure(out / "fig5.png", table, note)
     return table, said
+
+
+def _plain(interval: Interval) -> dict[str, float | None]:
+    """As JSON has it, which knows no NaN."""
+    return {name: value if np.isfinite(value) else None for name, value in vars(interval).items()}
 
 
 def check_same_puzzles(points: Sequence[Point]) -> None:
@@ -383,6 +392,10 @@ def command(argv: Sequence[str]) -> int:
     print("\n" + text(table) + "\n")
     for claim in said:
         print(f"{claim.verdict:<13} {claim.paper}\n{'':<13} {claim.measured}")
+    lost = sorted(path.parent.name for path in (out / "runs").glob("*/result.safetensors")
+                  if path.parent not in runs)  # fmt: skip
+    if lost:
+        print(f"\nnot in the figure, since they diverged or failed: {', '.join(lost)}")
     few = min(row.seeds for row in table)
     if few < 5:
         print(f"\n{few} seeds: intervals over so few cover too little, see hrm_rl/study/statistics.py")

@@ -18,7 +18,9 @@ The puzzle embeddings may have the release's sign-SGD instead (`SignSGD`).
 Where the weights end. Decay p <- (1 - lr * lambda) p and a step of at most lr * s leave every |p| at s / lambda at
 most, in the long run (`linf_bound`): a bound on the norm of the weights that the optimiser implies, whatever the loss.
 
-    AdamW        s = 1          Xie & Li, arXiv:2404.04454, for beta1 <= beta2 and a run that settles
+    AdamW        s = 1          Xie & Li, arXiv:2404.04454, for beta1 <= beta2 and a run that settles; for any gradients
+                                (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)), by Cauchy and Schwarz: 1.17 for
+                                the trainer's betas, 7.27 for torch's own
     Adam-atan2   s = pi / 2     the arctangent's range; pi / 4 for a gradient that no longer changes (|m| = sqrt(v))
     sign-SGD     s = 1          exact
     Muon         s = 0.2 * 1.21 * sqrt(max(m, n))    on the largest singular value of an m x n matrix, hence on its
@@ -147,16 +149,27 @@ def _as_the_kernel(optimizer: torch.optim.Optimizer, *_) -> None:
         group["a"] = group["b"] = 1 / (1 - group["betas"][0] ** t)
 
 
-def linf_bound(kind: str, weight_decay: float, shape: Sequence[int] = ()) -> float:
+def linf_bound(
+    kind: str, weight_decay: float, shape: Sequence[int] = (), steady: bool = False,
+    betas: tuple[float, float] | None = None,
+) -> float:  # fmt: skip
     """The |weight| that an optimiser cannot keep exceeding (see above); infinite without decay.
 
     kind: adamw, adam_atan2, sign_sgd or muon, which needs the `shape` (m, n) of its matrix. KeyError for another.
+    steady: for a gradient that keeps its sign and size, which is less for Adam-atan2. betas: AdamW's, for the largest
+    step that any sequence of gradients makes; None for a run that settles.
     """
     step = {
-        "adamw": 1.0, "adam_atan2": math.pi / 2, "sign_sgd": 1.0,
+        "adamw": 1.0 if betas is None else _largest_adam_step(*betas), "sign_sgd": 1.0,
+        "adam_atan2": math.pi / 4 if steady else math.pi / 2,
         "muon": 0.2 * _NEWTON_SCHULZ * math.sqrt(max(shape, default=0)),
     }[kind]  # fmt: skip
     return step / weight_decay if weight_decay else math.inf
+
+
+def _largest_adam_step(beta1: float, beta2: float) -> float:
+    """|m| / sqrt(v) at most, for beta1^2 < beta2."""
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,17 @@ TESTS = Path(__file__).resolve().parent
 for folder in (TESTS / "support", TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Recordings that commands keep, here and in child processes, go to a folder of the session, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        fonts = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matplotlib"
+        if "MPLCONFIGDIR" not in os.environ and fonts.is_dir():  # its list of fonts takes seconds to make
+            patch.setenv("MPLCONFIGDIR", str(fonts))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -81,6 +81,12 @@ def test_files(tmp_path):
     assert "act" in figure5.text(table) and "32" in figure5.text(table)
 
 
+def test_a_single_seed_is_json_without_nan(tmp_path):
+    figure5.write(tmp_path, _study(seeds=1), "one seed")
+    plain = json.loads((tmp_path / "fig5.json").read_text(), parse_constant=pytest.fail)
+    assert plain["rows"][0]["accuracy"] == {"value": 0.795, "low": None, "high": None}
+
+
 def test_points_of_other_puzzles_or_budgets_are_refused():
     points = _study()
     figure5.check_same_puzzles(points)

@@ -164,6 +164,8 @@ def test_the_bound_holds_and_is_no_larger_than_it_must(kind):
         assert share == pytest.approx(wanted, rel=1e-2)
     assert linf_bound(kind, 0.0, (8, 8)) == math.inf
     assert linf_bound(kind, 2.0, (8, 8)) * 2 == linf_bound(kind, 1.0, (8, 8))
+    if wanted is not None:  # where such a gradient ends
+        assert share == pytest.approx(linf_bound(kind, 0.5, steady=True) / linf_bound(kind, 0.5), rel=1e-2)
 
 
 def test_newton_schulz_stays_below_its_constant():

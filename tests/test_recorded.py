@@ -219,6 +219,11 @@ def test_no_agent_sees_what_another_has_asked_for(puzzles):
     assert torch.equal(oracle.scores, recording.exact.float() * 2)
 
 
+def test_the_users_cache_is_left_alone(tmp_path_factory):
+    """Tests that name no cache of their own have that of the session (conftest.py)."""
+    assert recorded.default_folder().is_relative_to(tmp_path_factory.getbasetemp())
+
+
 # --- the cache --------------------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,6 @@ product sums. One seed under several arms starts from the same weights and draws
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -93,12 +91,6 @@ def groups(everyone: Sequence[tuple[str, Arm, int]], width: int = 128) -> list[l
         bounds = [len(members) * i // parts for i in range(parts + 1)]
         found += [members[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     return found
-
-
-def group_key(group: Sequence[tuple[str, Arm, int]]) -> str:
-    """SHA-256 of who is in a group, their arms' settings included: a name for its file."""
-    said = [(name, arm.to_values(), seed) for name, arm, seed in group]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def train(
@@ -211,7 +203,7 @@ class _Scores:
                 member.name, member.seed, "finished" if died[i] < 0 else "diverged",
                 "" if died[i] < 0 else f"its Q-logits were no longer finite after {died[i]} updates", seconds, updates,
                 {n: v[i] for n, v in metrics.items()}, {n: v[i] for n, v in by_step.items()},
-                read_at(correct, steps[i]), steps[i], self.probe.key, member.arm.changes(),
+                read_at(correct, steps[i]), steps[i], self.probe.key, changes=member.arm.changes(),
             )
             for i, member in enumerate(self.members)
         ]  # fmt: skip

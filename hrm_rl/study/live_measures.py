@@ -93,15 +93,17 @@ def _pass(trainer: Trainer, probe: PuzzleSet) -> tuple[evaluation.Trajectories, 
 
 
 def _parameters(trainer: Trainer) -> dict[str, float]:
-    """The largest |parameter| of all that is trained, and that of AdamW's over its bound (Muon's have another)."""
+    """The largest |parameter| of all that is trained, and the largest over its bound of those that AdamW or Adam-atan2
+    moves (Muon's have another bound)."""
     largest = measures.parameter_measures({n: p[None] for n, p in trainer.trained.items()}, "none", 0.0)
-    kinds = [o for o in trainer.optimizers if isinstance(o, torch.optim.AdamW)]
-    held = [p for o in kinds for group in o.param_groups for p in group["params"]]
     found = {"param_inf_norm": float(largest["param_inf_norm"]), "param_bound_ratio": math.nan}
-    if held:
-        stacked = {str(i): p[None] for i, p in enumerate(held)}
-        ratio = measures.parameter_measures(stacked, "adamw", trainer.config.optim.weight_decay)["param_bound_ratio"]
-        found["param_bound_ratio"] = float(ratio)
+    for kind in ("adamw", "adam_atan2"):
+        held = [p for o in trainer.optimizers for group in o.param_groups if group["kind"] == kind
+                for p in group["params"]]  # fmt: skip
+        if held:
+            stacked = {str(i): p[None] for i, p in enumerate(held)}
+            ratio = measures.parameter_measures(stacked, kind, trainer.config.optim.weight_decay)["param_bound_ratio"]
+            found["param_bound_ratio"] = float(ratio.fmax(ratio.new_tensor(found["param_bound_ratio"])))
     return found
 
 

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from agents import q_targets
+from hrm_rl.optim import linf_bound
 from hrm_rl.study import exact
 
 SATURATED = 8.0  # |logit| beyond which sigmoid'(x) < 4e-4: what is wrong there is hardly unlearned
 BINS = 15  # of the expected calibration error, as in `hrm_rl.scoring`
 SRANK_DELTA = 0.01  # arXiv:2010.14498
 DORMANT_TAU = 0.025  # arXiv:2302.12902
+_BOUNDED = ("adamw", "adam_atan2")  # whose decay bounds every parameter, whatever its shape
 _CHUNK = 64  # learners measured at a time: bounds the memory, and keeps the work in a processor's cache
 
 
@@ -283,35 +285,21 @@ def _calibration(q_halt: Tensor, value: Tensor, correct: Tensor) -> dict[str, Te
 # --- parameters and features ------------------------------------------------------------------------------------
 
 
-def linf_bound(optimizer: str, weight_decay: float, worst: bool = False) -> float:
-    """What decoupled weight decay lets the largest |parameter| reach; NaN where nothing is bounded by it.
-
-    A step is w <- (1 - lr decay) w - lr u. Where |u| <= c in every coordinate, |w| becomes at most (1 - lr decay) |w| +
-    lr c, so that w never leaves [-c / decay, c / decay] once inside and tends into it from outside, at a rate of lr
-    decay a step: the bound is c / decay.
-
-    adamw: c = 1. A gradient that keeps its sign and size has u = m / sqrt(v) = 1, and full-batch AdamW that converges
-    does so to a point with |w| <= 1 / decay (arXiv:2404.04454). adam_atan2 with a = b = 1: u =
-    atan2(m, sqrt(v)), which is atan(1) = pi / 4 for such a gradient (c = 0.785).
-    worst: c for any sequence of gradients. atan2 is below pi / 2 (c = 1.571). For AdamW the inequality of Cauchy and
-    Schwarz gives |m| / sqrt(v) <= (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 7.27 for torch's b1 = 0.9, b2 = 0.999.
-    adam (its decay is part of the gradient, and rescaled with it), sgd and muon (a bound of the spectral norm): NaN.
-    """
-    reach = {"adamw": (1.0, 0.1 / math.sqrt(0.001 * (1 - 0.81 / 0.999))), "adam_atan2": (math.pi / 4, math.pi / 2)}
-    if optimizer not in reach or weight_decay <= 0:
-        return math.nan
-    return reach[optimizer][worst] / weight_decay
-
-
 def parameter_measures(
     parameters: Mapping[str, Tensor], optimizer: str | Sequence[str], weight_decay: float | Sequence[float]
 ) -> dict[str, Tensor]:
-    """param_inf_norm and param_bound_ratio (the steady `linf_bound`), (L,) each, of stacked parameters (L, ...)."""
+    """param_inf_norm and param_bound_ratio, (L,) each, of stacked parameters (L, ...).
+
+    The bound is `hrm_rl.optim.linf_bound` for a steady gradient: 1 / decay for AdamW, pi / (4 decay) for Adam-atan2.
+    The ratio is NaN without decay, for adam (its decay is part of the gradient, and rescaled with it), for sgd and for
+    muon (which bounds the spectral norm).
+    """
     largest = torch.stack([p.detach().double().abs().flatten(1).amax(-1) for p in parameters.values()]).amax(0)
     L = len(largest)
     names = [optimizer] * L if isinstance(optimizer, str) else list(optimizer)
     decays = torch.as_tensor(weight_decay, dtype=torch.float64).expand(L).tolist()
-    bounds = [linf_bound(name, decay) for name, decay in zip(names, decays, strict=True)]
+    bounds = [linf_bound(name, decay, steady=True) if name in _BOUNDED and decay > 0 else math.nan
+              for name, decay in zip(names, decays, strict=True)]  # fmt: skip
     largest = largest.where(largest.isfinite(), math.nan)
     return {"param_inf_norm": largest, "param_bound_ratio": largest / largest.new_tensor(bounds)}
 

@@ -38,7 +38,8 @@ class RunResult:
     right: Tensor | None = None  # (N,) bool: the answer at the halt, at the last checkpoint
     steps: Tensor | None = None  # (N,) int64: the segment of the halt, at the last checkpoint
     puzzles: str = ""  # SHA-256 of what `right` is about (recording or puzzles and core): runs that share it are paired
-    live: bool = False  # the core was trained as well: what the values are held against moved during the run
+    # The core was trained as well: what the values are held against moved during the run.
+    live: bool = field(default=False, kw_only=True)
     changes: dict = field(default_factory=dict)  # the arm's settings that differ from the study's baseline, for tables
 
     def final(self, metric: str) -> float:
@@ -81,6 +82,8 @@ def load_results(path: Path) -> list[RunResult]:
             raise UserError(f"{path}: not the results of a study (format {header.get('format')!r})")
         found = []
         for i, plain in enumerate(json.loads(header["runs"])):
+            # For a while on 2026-11-22 learners on recordings wrote their changes here by mistake; they were not live.
+            plain["live"] = plain.get("live") is True
             for kind in ("metrics", "by_step"):
                 names = plain[kind]
                 plain[kind] = dict(zip(names, tensors[f"{i}.{kind}"], strict=True)) if names else {}

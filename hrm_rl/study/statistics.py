@@ -4,11 +4,13 @@ Letters: R runs (seeds) of an arm, K metrics, N puzzles, B resamples. All number
 
 What is resampled. An arm's seeds are drawn with replacement within a stratum, and a stratum is the runs that were
 measured on the same puzzles with the same core (`RunResult.puzzles`): the stratified bootstrap of Agarwal et al. (2021,
-arXiv:2108.13264, section 4.1), with percentile intervals as there. Accuracy has an answer for each puzzle, and its
-puzzles are drawn as well: one draw of puzzles for all runs of a stratum, the arm's and the baseline's, so that a
-difference of two arms on the same core is paired over puzzles. Seeds are crossed with puzzles, not nested; such a
-two-way bootstrap errs on the wide side (Owen, 2007, "The pigeonhole bootstrap", arXiv:0712.1111). Two arms' seeds are
-drawn independently, also where the seeds have the same numbers, which errs on the wide side too.
+arXiv:2108.13264, section 4.1), with percentile intervals as there. A live run trains a core of its own and is the only
+one of its kind: such runs are one stratum (`drawn_together`), or no interval would know of the seeds. Accuracy has an
+answer for each puzzle, and its puzzles are drawn as well: one draw of puzzles for all runs of a stratum, the arm's and
+the baseline's, so that a difference of two arms on the same core is paired over puzzles. Seeds are crossed with
+puzzles, not nested; such a two-way bootstrap errs on the wide side (Owen, 2007, "The pigeonhole bootstrap",
+arXiv:0712.1111). Two arms' seeds are drawn independently, also where the seeds have the same numbers, which errs on the
+wide side too.
 
 With ten seeds a percentile interval of 95 % holds the true mean in about nine cases of ten (tests/study/
 test_statistics.py measures it); with three it does not deserve the name. Under `FEW` seeds `ArmSummary.few` is set.
@@ -318,13 +320,12 @@ class PuzzleDraws:
 
         `stream` names the draw of seeds: two arms of a difference have two.
         """
-        strata = answered_strata(runs)
-        if strata is None:
+        if answered_strata(runs) is None:
             return None
         self.prepare(runs)
         rng, total = np.random.default_rng([self.seed, stream, len(runs)]), np.zeros(self.resamples)
-        for puzzles, held in strata.items():
-            rows = [self._held[puzzles, id(run)] if has_answers(run) else np.zeros(self.resamples) for run in held]
+        for held in ([runs[i] for i in places] for places in drawn_together(runs)):
+            rows = [self._held[run.puzzles, id(run)] if has_answers(run) else np.zeros(self.resamples) for run in held]
             table = np.stack(rows)
             total += np.take_along_axis(table, rng.integers(len(held), size=table.shape), axis=0).sum(0)
         return total / len(runs)
@@ -348,6 +349,17 @@ def strata_of(runs: Sequence[RunResult]) -> dict[str, list[int]]:
     for i, run in enumerate(runs):
         strata.setdefault(run.puzzles or home, []).append(i)
     return strata
+
+
+def drawn_together(runs: Sequence[RunResult]) -> list[list[int]]:
+    """Places of the runs that are drawn in place of each other: every stratum, those of a single run as one.
+
+    Drawn by itself a single run has no spread. It joins the others that are alone, and those that name no puzzles.
+    """
+    strata = strata_of(runs)
+    alone = [i for puzzles, places in strata.items() if len(places) == 1 or not puzzles for i in places]
+    many = [places for puzzles, places in strata.items() if len(places) > 1 and puzzles]
+    return [*many, sorted(alone)] if alone else many
 
 
 def answered_strata(runs: Sequence[RunResult]) -> dict[str, list[RunResult]] | None:
@@ -428,7 +440,7 @@ def _summary(
     if not names:
         return summary
     table = _matrix(runs, names)
-    strata = [table[:, places] for places in strata_of(runs).values()]
+    strata = [table[:, places] for places in drawn_together(runs)]
     means = mean_interval(strata, resamples=draws.resamples)
     scored = [k for k in range(len(names)) if not looks_like_outcomes(table[k])]
     middles = dict(zip(scored, iqm_interval(table[scored], resamples=draws.resamples), strict=True)) if scored else {}

@@ -47,6 +47,14 @@ def test_metrics_are_those_of_the_trajectories():
     assert measure_live(trainer, PROBE, live.q_logits).metrics["target_drift"] > 0
 
 
+def test_adam_atan2_is_held_against_its_own_bound():
+    pytest.importorskip("adam_atan2_pytorch")
+    trainer = trained(optim={"optimizer": "adam_atan2", "weight_decay": 0.5})
+    live = measure_live(trainer, PROBE)
+    largest = max(float(p.detach().abs().max()) for p in trainer.trained.values())
+    assert live.metrics["param_bound_ratio"] == pytest.approx(largest * 0.5 / (math.pi / 4))
+
+
 def test_the_truth_is_that_of_the_core():
     """A counting core that is right at segment 3: the exact values are known, and so is the bias of a head at 0."""
     core = counting_core(PROBE, 3)

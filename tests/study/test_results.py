@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,16 @@ def _runs() -> list[RunResult]:
         steps=torch.tensor([1, 4]), puzzles="ab", changes={"lr": 0.1},
     )  # fmt: skip
     return [full, RunResult("wild", 0, "failed", "no memory")]
+
+
+def test_only_true_is_live(tmp_path):
+    """Else a run on a recording is judged by what is asked of live runs, and part of its instability is not seen."""
+    path = tmp_path / "a.safetensors"
+    for said, wanted in ((True, True), (False, False), ({"lr": 0.1}, False)):
+        save_results(path, [replace(_runs()[0], live=said)])
+        assert load_results(path)[0].live is wanted
+    with pytest.raises(TypeError):
+        RunResult("a", 0, "finished", "", 0.0, torch.zeros(0), {}, {}, None, None, "", {}, {"lr": 0.1})
 
 
 def test_round_trip(tmp_path):

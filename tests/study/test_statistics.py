@@ -21,6 +21,7 @@ from hrm_rl.study.statistics import (
     by_arm,
     cvar,
     difference_interval,
+    drawn_together,
     improvement_interval,
     iqm_interval,
     mean_interval,
@@ -210,6 +211,22 @@ def test_a_diverged_run_solves_no_puzzle():
     found = accuracy_interval(runs, PuzzleDraws(500))
     assert found.value == pytest.approx(4 / 6) and found.low < 0.4
     assert not share_puzzles([RunResult("a", s, "failed") for s in range(3)], runs)
+
+
+def test_live_runs_are_drawn_as_one_arm():
+    """Each has a core, and so a stratum, of its own; their spread is that of the seeds all the same."""
+    rng = np.random.default_rng(0)
+    recorded = table_of("a", rng.random((6, 400)) < np.linspace(0.3, 0.8, 6)[:, None])
+    recorded = [replace(r, metrics=r.metrics | {"regret": 1 - r.metrics["accuracy"]}) for r in recorded]
+    live = [replace(r, puzzles=f"core {r.seed}", live=True) for r in recorded]
+    assert len(strata_of(live)) == 6 and drawn_together(live) == drawn_together(recorded) == [[0, 1, 2, 3, 4, 5]]
+    found, wanted = (summarise(runs, "a", WAY)["a"].metrics for runs in (live, recorded))
+    for metric in ("accuracy", "regret"):
+        assert found[metric].mean == wanted[metric].mean and found[metric].mean.high - found[metric].mean.low > 0.2
+    lost = [*live, run("a", 6, "diverged", accuracy=0.5), run("a", 7, "diverged", accuracy=0.5, puzzles="")]
+    assert drawn_together([replace(r, puzzles="") if r.status == "diverged" else r for r in lost]) == [list(range(8))]
+    two = [*recorded, *(replace(r, seed=6 + r.seed, puzzles="q") for r in recorded)]
+    assert drawn_together(two) == [list(range(6)), list(range(6, 12))]
 
 
 def test_answers_that_contradict_the_accuracy_are_not_used():
