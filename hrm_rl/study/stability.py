@@ -119,7 +119,8 @@ def _returns(run: RunResult, t: StabilityThresholds, first: int) -> tuple[list[s
     """
     if t.moving_truth:
         first = max(first, _late(len(run.updates), 0.5))
-        lost, at = _falls(run, t, first, -_series(run, "regret"), "minus the regret")
+        values = not _series(run, "logit_max_abs").isnan().all()  # a fixed schedule learns nothing that could be lost
+        lost, at = _falls(run, t, first, -_series(run, "regret"), "minus the regret") if values else ([], None)
         fell, when = _falls(run, t, first, _series(run, "accuracy"), "accuracy")
         return lost + fell, at if at is not None else when
     score, name = _series(run, "mean_return"), "return"

@@ -160,7 +160,7 @@ def test_a_live_run_is_judged_by_its_regret_and_only_once_it_has_learned():
     """Nothing is lost on a core that solves nothing, and targets move while it learns: that is no instability."""
     accuracy = [0.0, 0.0, 0.0, 0.1, 0.3, 0.5, 0.6, 0.65, 0.7, 0.72, 0.72]
     regret = [0.0, 0.0, 0.05, 0.3, 0.35, 0.2, 0.15, 0.1, 0.1, 0.08, 0.08]
-    moving = {"target_drift": [0.2] * 11, "abs_bias_continue": [0.0] * 3 + [0.5] * 8}
+    moving = {"target_drift": [0.2] * 11, "abs_bias_continue": [0.0] * 3 + [0.5] * 8, "logit_max_abs": [5.0] * 11}
 
     def run(live=True, **changes):
         series = {"accuracy": accuracy, "mean_return": accuracy, "regret": regret, **moving} | changes
@@ -171,5 +171,7 @@ def test_a_live_run_is_judged_by_its_regret_and_only_once_it_has_learned():
     assert verdict(run(live=False)).unstable  # negative control: on a frozen core this is not how learning looks
     lost = verdict(run(regret=[*regret[:7], 0.1, 0.4, 0.4, 0.4]))
     assert lost.unstable and lost.reasons[0].startswith("collapse: minus the regret")
+    fixed = verdict(run(regret=[*regret[:7], 0.1, 0.4, 0.4, 0.4], logit_max_abs=[float("nan")] * 11))
+    assert not fixed.unstable  # a fixed schedule has no values that could be unstable
     fallen = verdict(run(accuracy=[*accuracy[:8], 0.2, 0.2, 0.2]))
     assert fallen.unstable and "accuracy" in fallen.reasons[0]
