@@ -20,7 +20,8 @@ from torch import Tensor
 from hrm_rl.errors import UserError
 from hrm_rl.tasks.csv_io import Rows
 from hrm_rl.tasks.registry import check_side
-from hrm_rl.tasks.symmetry import Symmetries, apply_symmetry, of_the_square, undo_symmetry
+from hrm_rl.tasks.square import SquareGrid
+from hrm_rl.tasks.symmetry import Symmetries, of_the_square
 
 CHARACTERS = "# SGo"
 WALL, FREE, START, GOAL, WAY = range(5)  # places in CHARACTERS; a token is one more
@@ -66,7 +67,7 @@ class MazeSpec:
 
 
 @dataclass(frozen=True)
-class Maze:
+class Maze(SquareGrid):
     """The rules of one size. B or N mazes, S = side * side tokens, row by row."""
 
     name: ClassVar[str] = "maze"
@@ -86,33 +87,12 @@ class Maze:
     def __post_init__(self) -> None:
         check_side(SIDES, self.side)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    @property
-    def box(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    @property
-    def seq_len(self) -> int:
-        return self.side * self.side
-
-    @property
-    def cells(self) -> int:
-        return self.seq_len
-
     def glyph(self, token: int) -> str:
         return " █·SGo"[token]
 
-    def augment(self, key: Tensor, questions: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """One of the 8 symmetries of the square for every row, the same for question and answer: (B, S) int64 each."""
-        cells, labels = _symmetries(self.side).draw(key)
-        return apply_symmetry(cells, labels, questions), apply_symmetry(cells, labels, answers)
-
-    def restore(self, key: Tensor, tokens: Tensor) -> Tensor:
-        """The inverse of `augment` under the same key (B,): tokens (B, S) -> (B, S) int64."""
-        return undo_symmetry(*_symmetries(self.side).draw(key), tokens)
+    def symmetry(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """One of the 8 symmetries of the square for every key (B,)."""
+        return _symmetries(self.side).draw(key)
 
     def is_consistent(self, tokens: Tensor) -> Tensor:
         """(B, S) -> (B,) bool: at most one start and goal, no cell of the way with more than two neighbours on it."""

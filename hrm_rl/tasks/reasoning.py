@@ -24,6 +24,7 @@ from torch import Tensor
 from hrm_rl.errors import UserError
 from hrm_rl.tasks.csv_io import Rows
 from hrm_rl.tasks.registry import check_side
+from hrm_rl.tasks.square import SquareGrid
 from hrm_rl.tasks.sudoku import Sudoku
 from hrm_rl.tasks.symmetry import Symmetries, apply_symmetry, of_the_square, undo_symmetry
 
@@ -142,7 +143,7 @@ class NQueensSpec:
 
 
 @dataclass(frozen=True)
-class NQueens:
+class NQueens(SquareGrid):
     """Complete a board with n queens, none of which attacks another. Tokens: 0 padding, 1 empty or open, 2 queen."""
 
     name: ClassVar[str] = "n_queens"
@@ -162,33 +163,12 @@ class NQueens:
     def __post_init__(self) -> None:
         check_side(self.sides, self.side)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    @property
-    def box(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    @property
-    def seq_len(self) -> int:
-        return self.side * self.side
-
-    @property
-    def cells(self) -> int:
-        return self.seq_len
-
     def glyph(self, token: int) -> str:
         return " ·Q"[token]
 
-    def augment(self, key: Tensor, questions: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """One of the 8 symmetries of the square for every row: (B, S) int64 each."""
-        cells, labels = _board_symmetries(self.side).draw(key)
-        return apply_symmetry(cells, labels, questions), apply_symmetry(cells, labels, answers)
-
-    def restore(self, key: Tensor, tokens: Tensor) -> Tensor:
-        """The inverse of `augment` under the same key (B,): tokens (B, S) -> (B, S) int64."""
-        return undo_symmetry(*_board_symmetries(self.side).draw(key), tokens)
+    def symmetry(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """One of the 8 symmetries of the square for every key (B,)."""
+        return _board_symmetries(self.side).draw(key)
 
     def is_consistent(self, tokens: Tensor) -> Tensor:
         """(B, S) -> (B,) bool: no two queens on one row, column or diagonal."""

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from hrm_rl.tasks.geometry import BOXES, box_of, tables
-from hrm_rl.tasks.symmetry import apply_symmetry, random_symmetry, undo_symmetry
+from hrm_rl.tasks.square import SquareGrid
+from hrm_rl.tasks.symmetry import random_symmetry
 
 PADDING, BLANK = 0, 1
 
 
 @dataclass(frozen=True)
-class Sudoku:
+class Sudoku(SquareGrid):
     """The rules of one size. B puzzles, S = side * side tokens, row by row."""
 
     name: ClassVar[str] = "sudoku"
@@ -41,18 +42,6 @@ class Sudoku:
         return box_of(self.side)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    @property
-    def seq_len(self) -> int:
-        return self.side * self.side
-
-    @property
-    def cells(self) -> int:
-        return self.seq_len
-
-    @property
     def vocab_size(self) -> int:
         return self.side + 2
 
@@ -63,16 +52,9 @@ class Sudoku:
     def glyph(self, token: int) -> str:
         return str(token - 1) if token > BLANK else "·"
 
-    def augment(self, key: Tensor, questions: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """A uniformly random symmetry for every row, the same for question and answer.
-
-        key (B,) int64 (hrm_rl/rng.py); questions, answers (B, S). Returns int64. Padding stays padding."""
-        cells, labels = random_symmetry(key, self.side, self.box)
-        return apply_symmetry(cells, labels, questions), apply_symmetry(cells, labels, answers)
-
-    def restore(self, key: Tensor, tokens: Tensor) -> Tensor:
-        """The inverse of `augment` under the same key (B,): tokens (B, S) -> (B, S) int64."""
-        return undo_symmetry(*random_symmetry(key, self.side, self.box), tokens)
+    def symmetry(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """A uniformly random symmetry for every key (B,): digits, bands, rows, stacks, columns, transpose."""
+        return random_symmetry(key, self.side, self.box)
 
     def is_consistent(self, tokens: Tensor) -> Tensor:
         """(B, S) -> (B,) bool: no digit twice in a row, column or box; blanks and padding break nothing."""
