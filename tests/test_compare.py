@@ -67,6 +67,7 @@ def run(cache, tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_default_table(run, tmp_path):
     result, text = run()
     rows = {row["agent"]: row for row in result["agents"]}
@@ -181,6 +182,7 @@ def test_a_core_without_a_q_head(run, untrained):
         run("--agents", "q", model=untrained)
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_2_and_one_line(tmp_path):
     words = [sys.executable, "-m", "hrm_rl.compare", "--agents", "residul", "--out", str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=120)

@@ -359,6 +359,7 @@ def test_single_environment(max_steps, ponder_cost, seed, kind, actions):
             assert mine in env.observation_space and np.isfinite(mine).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, **COMMON)
 @given(**PROCESS, kind=KINDS, slots=st.integers(1, 5), data=st.data(), form=st.sampled_from(["numpy", "torch"]))
 def test_vector_agrees_with_single_environments(max_steps, ponder_cost, seed, kind, slots, data, form):

@@ -215,6 +215,7 @@ def only_line(process: subprocess.Popen) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(tmp_path, recipe):
     """A real limit of the system on the size of files: the third checkpoint is larger than allowed."""
     flags = [*recipe, "--total-steps", "18", "--name", "limited"]
@@ -232,7 +233,7 @@ def test_files_that_may_not_grow(tmp_path, recipe):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
-@pytest.mark.parametrize("checkpoint_every", [6, 0], ids=["checkpoint", "metrics"])
+@pytest.mark.parametrize("checkpoint_every", [6, pytest.param(0, marks=pytest.mark.slow)], ids=["checkpoint", "metrics"])
 def test_a_disk_that_is_full(tmp_path, recipe, checkpoint_every):
     """A small tmpfs: one line, whoever meets its end (a checkpoint, metrics.jsonl, TensorBoard's thread)."""
     disk = tmp_path / "disk"

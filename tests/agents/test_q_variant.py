@@ -81,7 +81,8 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("mode", q_targets.BOOTSTRAPS)
+@pytest.mark.parametrize("mode", ["extra_forward", *(
+    pytest.param(mode, marks=pytest.mark.slow) for mode in q_targets.BOOTSTRAPS[1:])])  # fmt: skip
 def test_the_defaults_are_the_rule_of_hrm(mode):
     wanted = weights_after(12, QHaltingAgent, {}, bootstrap=mode)
     assert same(weights_after(12, QVariantAgent, {}, bootstrap=mode), wanted)
@@ -331,6 +332,7 @@ def test_replayed_sarsa_reads_the_action_that_was_taken():
             torch.testing.assert_close(target, wanted.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backup", ["max", "sarsa", "mc"])
 def test_what_is_drawn_and_learned(backup, monkeypatch):
     """The loss is that of the drawn decision, every age is drawn, and a decision without a target trains HALT alone."""
