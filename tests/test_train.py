@@ -233,7 +233,8 @@ def test_files_that_may_not_grow(tmp_path, recipe):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
-@pytest.mark.parametrize("checkpoint_every", [6, pytest.param(0, marks=pytest.mark.slow)], ids=["checkpoint", "metrics"])
+@pytest.mark.parametrize("checkpoint_every", [
+    pytest.param(6, id="checkpoint"), pytest.param(0, id="metrics", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_disk_that_is_full(tmp_path, recipe, checkpoint_every):
     """A small tmpfs: one line, whoever meets its end (a checkpoint, metrics.jsonl, TensorBoard's thread)."""
     disk = tmp_path / "disk"
