@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -39,4 +40,5 @@ def test_memory_and_files_stay_as_they_are(tmp_path, leak):
     print(f"memory {memory[0]:.1f} to {memory[-1]:.1f} MB, growth {growth:.2f} +- {error:.2f} MB, files {set(files)}")
     flat = growth < max(3 * error, 0.01 * memory[0])
     assert flat == (leak == 0), (growth, error, memory[0])
-    assert len(set(files)) == 1 and seen["files_left"] < files[-1]
+    quarter = len(files) // 4  # a file may be open for a moment, as one is looked at; none may stay open
+    assert median(files[-quarter:]) == median(files[:quarter]) and seen["files_left"] < median(files)
