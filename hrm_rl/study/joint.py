@@ -103,8 +103,7 @@ def run(
     found = read_measures(runs / folder / "measures")
     ends = session.ends if status == "finished" else {}
     live = config.objective != "q"
-    seconds = time.perf_counter() - began
-    return [RunResult(name, seed, status, reason, seconds, **found, **ends, live=live, changes=changes)]
+    return [RunResult(name, seed, status, reason, session.seconds, **found, **ends, live=live, changes=changes)]
 
 
 class StudySession(_Session):
@@ -114,6 +113,7 @@ class StudySession(_Session):
         super().__init__(began, stack, ALONE)
         self.kind, self.count = kind, probe
         self.ends: dict[str, Any] = {}  # right, steps, puzzles of the RunResult, once the run is done
+        self.seconds = 0.0  # of training up to the last measurement, over all sittings
         self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # the sweep's
 
     def go(self, config, agent_class: type, arguments: dict, fresh: bool) -> None:
@@ -162,6 +162,8 @@ class StudySession(_Session):
     def _report(self, trainer: Trainer) -> None:
         for number, handler in self.handlers.items():  # which the end of training has replaced
             signal.signal(number, handler)
+        if self.kind == "train":
+            self.count = 0  # the end is measured on every test puzzle
         self._measure(trainer)  # once more where it falls on a checkpoint: for what is kept of the end alone
         if self.kind == "train":
             super()._report(trainer)
@@ -173,6 +175,7 @@ class StudySession(_Session):
     def _measure(self, trainer: Trainer) -> dict[str, float]:
         """Measure the trainer as it is and keep that."""
         folder, puzzles = self.run / "measures", self._probe(trainer)
+        self.seconds = trainer.elapsed
         if self.kind == "joint":
             from hrm_rl.study.live_measures import measure_live
 

@@ -482,7 +482,7 @@ def _provenance_section(report: _Report) -> str:
         "command": info.command, "date": info.date, "machine": info.machine, "torch": info.torch, **info.versions,
         "kind of study": info.kind, "baseline": info.baseline, "arms": len(report.arms),
         "runs": f"{len(report.runs)} of {info.planned} planned", "seeds": named, "updates of a run": info.updates,
-        "puzzles measured on": info.puzzles, "wall-clock of all runs": f"{sum(r.seconds for r in report.runs):.0f} s",
+        "puzzles measured on": info.puzzles, "training in all": f"{sum(r.seconds for r in report.runs):.0f} s",
         "core and puzzles (SHA-256)": ", ".join(cores[:5]) + (f" and {len(cores) - 5} more" if len(cores) > 5 else ""),
     }  # fmt: skip
     cells = [[text_cell(name), text_cell(value, "text")] for name, value in rows.items()]

@@ -31,7 +31,7 @@ class RunResult:
     seed: int
     status: Status
     reason: str = ""
-    seconds: float = 0.0  # wall-clock; a batch's time is split evenly among its runs
+    seconds: float = 0.0  # of training, wall-clock, over all sittings; a batch's is split evenly among its runs
     updates: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (C,) ascending, from 0 on
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> (C,) float64, NaN where it is undefined
     by_step: dict[str, Tensor] = field(default_factory=dict)  # name -> (C, M) float64, NaN where it is undefined
