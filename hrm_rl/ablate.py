@@ -29,8 +29,8 @@ def build_parser():
     """The parser of this command; its --help explains every flag."""
     parser = cli.make_parser("python -m hrm_rl.ablate", __doc__.split("\n")[0], config=False)
     add = parser.add_argument
-    add("study", type=str, metavar="STUDY", help="Name of a study of configs/ (q_stability, joint_stability), or a "
-        "YAML file.")  # fmt: skip
+    add("study", type=str, metavar="STUDY", help="Name of a study of configs/ (q_stability, joint_stability, cores), "
+        "or a YAML file.")  # fmt: skip
     add("--out", type=str, default="", help="The study's folder; nothing: studies/NAME. One that holds a part of this "
         "very study is gone on with.")  # fmt: skip
     add("--seeds", type=int, default=0, help="Seeds of each arm; 0: as the study says. More can be added later.")
@@ -303,6 +303,7 @@ def _report(study, part, out: Path, device: str, command: str) -> int:
     import torch
 
     from hrm_rl.devices import describe
+    from hrm_rl.study import costs
     from hrm_rl.study.info import StudyInfo
     from hrm_rl.study.report import write_report
     from hrm_rl.study.spec import BASELINE
@@ -322,7 +323,7 @@ def _report(study, part, out: Path, device: str, command: str) -> int:
     )  # fmt: skip
     write_tables(out, info, results)
     report = write_report(out, info, results)
-    print("\n" + short_table(info, results))
+    print("\n" + (costs.text(costs.cost_rows(info, results)) if study.kind == "train" else short_table(info, results)))
     lost = sum(run.status == "failed" for run in results)
     if lost:
         print(f"\n{lost} of {len(results)} runs failed (see {out / 'failures.log'}); --retry-failed does them again")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hrm_rl.study.results import RunResult
-from hrm_rl.study.statistics import FEW, ArmSummary
+from hrm_rl.study.statistics import FEW, ArmSummary, Interval
 
 # name -> (light, dark). The light ones differ from each other: they are what is replaced.
 COLORS = {
@@ -37,6 +37,10 @@ class Image:
     width: int
     height: int
     alt: str
+
+    def svg(self) -> bytes:
+        """The image as a file of its own."""
+        return base64.b64decode(self.uri.partition(",")[2])
 
 
 def forest(
@@ -163,6 +167,35 @@ def bias_by_step(name: str, runs: Sequence[RunResult], halt: str, proceed: str) 
         axes.set_title(f"{shortened(name, 40)}\n{seeds_in_words([len(runs)])}", fontsize=8.5, color=_c("ink"))
 
     return _render(draw, 3.5, 2.6, f"bias of Q by segment and action: {name}")
+
+
+def accuracy_against_compute(
+    arms: Sequence[tuple[str, tuple[Sequence[float], Sequence[float]], float, Interval]], label: str
+) -> Image:  # fmt: skip
+    """arms: (name, (MFLOP, accuracy) of every fixed number of segments, MFLOP and accuracy of the learned halt).
+
+    A line for fixed numbers of segments, a diamond with its interval for the learned halt; the first arm is the
+    baseline.
+    """
+    def draw(axes) -> None:
+        _style(axes)
+        styles = ("-", "--", ":")
+        for i, (name, (flops, accuracy), at, interval) in enumerate(arms):
+            color = _c("base" if i == 0 else SERIES[(i - 1) % len(SERIES)])
+            style = styles[0 if i == 0 else (i - 1) // len(SERIES) % len(styles)]
+            axes.plot(flops, [100 * a for a in accuracy], style, color=color, lw=1.2, alpha=0.8,
+                      label=shortened(name, 32))  # fmt: skip
+            if math.isfinite(at) and math.isfinite(interval.value):
+                if interval.known:
+                    axes.plot([at] * 2, [100 * interval.low, 100 * interval.high], color=color, lw=1.6, zorder=4)
+                axes.plot([at], [100 * interval.value], "D", ms=6, color=color, zorder=5)
+        axes.set(xlabel="MFLOP a puzzle", ylim=(-2, 102))
+        axes.set_title(label, fontsize=8.5, color=_c("ink"))
+        if arms:
+            axes.legend(fontsize=8, frameon=False, labelcolor=_c("ink"), loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    names = ", ".join(name for name, *_ in arms)
+    return _render(draw, 8.2, 3.4, f"accuracy against arithmetic: {names}", (0.5, 2.9, 0.5, 0.4))
 
 
 def seeds_in_words(counts: Sequence[int]) -> str:

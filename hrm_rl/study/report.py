@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from hrm_rl.checkpoint import write_atomically
-from hrm_rl.study import plots
+from hrm_rl.study import costs, plots
 from hrm_rl.study.info import StudyInfo
 from hrm_rl.study.page import Cell, escape, figure, folded, key, number, number_cell, page, table, text_cell
 from hrm_rl.study.results import RunResult
 from hrm_rl.study.statistics import FEW, ArmSummary, Interval, MetricSummary, by_arm, metric_names, summarise
 from hrm_rl.study.verdicts import MARGINS, RARE, Verdict, bracket, default_judge, verdicts
 
-REPORT = "report.html"
+REPORT, COMPUTE = "report.html", "compute.svg"
 CURVES = {  # metrics drawn over the updates, and how the figure calls them
     "accuracy": "accuracy", "regret": "regret", "target_drift": "target drift", "logit_mean_abs": "mean |logit|",
     "bias_continue": "bias of CONTINUE",
@@ -31,6 +31,11 @@ CURVES = {  # metrics drawn over the updates, and how the figure calls them
 _FIELDS_OF = {"tau": "target", "period": "target", "replay_size": "replay", "lam": "backup", "head_width": "head",
               "head_norm": "head", "exploration": "epsilon"}  # fmt: skip
 SEVERAL = "several settings"  # title of the arms that differ in three or more, or two where there are many groups
+_NAMES = {  # of the sections
+    "costs": "Accuracy and cost", "verdicts": "Verdicts", "arms": "Arms", "curves": "Learning curves",
+    "bias": "Bias by step", "metrics": "All metrics", "stability": "Stability", "glossary": "Glossary",
+    "source": "Provenance",
+}  # fmt: skip
 _PER_FOREST = 14
 _WORST_ARMS = 5  # beside the baseline, whose bias is shown by step
 _MOST_RUNS = 200  # of unstable ones that are listed
@@ -74,6 +79,8 @@ def write_report(
 ) -> Path:  # fmt: skip
     """Write report.html into `out_folder`, whole or not at all, and return its path. OSError passes through.
 
+    Of a study of whole trainings (`kind: train`) compute.svg as well, its figure of accuracy against arithmetic.
+
     judge: run -> verdict on its stability (`hrm_rl.study.stability.verdict` if None). metrics: name -> (sentence,
     "higher", "lower" or "none" for what is better, unit) (`hrm_rl.study.measures.METRICS` if None); a metric of a run
     that is not in it is shown without a better side. The order of `results` does not matter.
@@ -81,6 +88,10 @@ def write_report(
     out_folder.mkdir(parents=True, exist_ok=True)
     path = out_folder / REPORT
     write_atomically(path, render(info, results, judge, metrics).encode("utf-8", "replace"))
+    if info.kind == "train" and results:
+        runs = info.in_order(results)
+        drawn = _cost_figure(by_arm(runs), costs.cost_rows(info, runs))
+        write_atomically(out_folder / COMPUTE, drawn.svg())
     return path
 
 
@@ -90,9 +101,18 @@ def render(
 ) -> str:  # fmt: skip
     """The HTML of `write_report`."""
     report = _gather(info, results, judge or default_judge(), _known_metrics() if metrics is None else metrics)
-    sections = (_verdict_section, _arm_section, _curve_section, _bias_section, _heat_section, _stability_section,
-                _glossary_section, _provenance_section)  # fmt: skip
-    return page(info.title, _head(report) + "".join(section(report) for section in sections))
+    return page(info.title, _head(report) + "".join(section(report) for section in _sections(info).values()))
+
+
+def _sections(info: StudyInfo) -> dict[str, Callable[[_Report], str]]:
+    """What a study of its kind is told in: anchor -> section. Whole trainings are about what is reached at which cost.
+    """
+    if info.kind == "train":
+        return {"costs": _cost_section, "arms": _arm_section, "curves": _curve_section, "metrics": _heat_section,
+                "glossary": _glossary_section, "source": _provenance_section}  # fmt: skip
+    return {"verdicts": _verdict_section, "arms": _arm_section, "curves": _curve_section, "bias": _bias_section,
+            "metrics": _heat_section, "stability": _stability_section, "glossary": _glossary_section,
+            "source": _provenance_section}  # fmt: skip
 
 
 def _gather(
@@ -116,6 +136,8 @@ def _known_metrics() -> Mapping[str, Sequence[str]]:
 
 
 def _headline(report: _Report) -> str:
+    if report.info.kind == "train" and report.runs:
+        return _accuracy_headline(report)
     bad = {arm: (report.unstable(arm), report.could_judge(arm)) for arm in report.arms if report.unstable(arm)}
     worst = sorted(bad, key=lambda arm: -bad[arm][0] / bad[arm][1])
     named = ", ".join(f"{arm} in {bad[arm][0]} of {bad[arm][1]} runs" for arm in worst[:4])
@@ -137,6 +159,18 @@ def _headline(report: _Report) -> str:
     return f"{first}; {name} {held} over {runs} and was unstable in {report.unstable(base.arm)} of {judged} runs."
 
 
+def _accuracy_headline(report: _Report) -> str:
+    """Which arm solved most, and what the baseline did."""
+    solved = {arm: s.metrics["accuracy"].mean for arm, s in report.summaries.items()
+              if s.metrics.get("accuracy") and math.isfinite(s.metrics["accuracy"].mean.value)}  # fmt: skip
+    if not solved:
+        return f"None of the {len(report.runs)} runs has an accuracy."
+    best = max(solved, key=lambda arm: solved[arm].value)
+    first = f"{best} solved most of {len(solved)} arm{'s' * (len(solved) != 1)}: {percent(solved[best])} of the puzzles"
+    base = report.info.baseline
+    return first + (f"; the baseline {percent(solved[base])}." if base in solved and base != best else ".")
+
+
 def percent(interval: Interval) -> str:
     return f"{100 * interval.value:.1f} % {bracket(interval, '.1f', 100)}" if math.isfinite(interval.value) else "–"
 
@@ -148,11 +182,8 @@ def _head(report: _Report) -> str:
         parts.append(f"<p>{escape(info.question)}</p>")
     parts.append(f"<blockquote>{escape(_headline(report))}</blockquote>")
     parts += [f'<p class="note">{escape(note)}</p>' for note in _warnings(report)]
-    links = {
-        "verdicts": "Verdicts", "arms": "Arms", "curves": "Learning curves", "bias": "Bias by step",
-        "metrics": "All metrics", "stability": "Stability", "glossary": "Glossary", "source": "Provenance",
-    }  # fmt: skip
-    parts.append(f"<nav>{''.join(f'<a href=#{anchor}>{name}</a>' for anchor, name in links.items())}</nav>")
+    links = "".join(f"<a href=#{anchor}>{_NAMES[anchor]}</a>" for anchor in _sections(info))
+    parts.append(f"<nav>{links}</nav>")
     return "".join(parts)
 
 
@@ -205,6 +236,41 @@ def _verdict_section(report: _Report) -> str:
     claims = table(("claim of the paper", "verdict", "why", "what was measured"), rows, sortable=False)
     return (f'<h2 id="verdicts">What the paper claims, and what was measured</h2>{claims}<p class=small>{escape(rule)} '
             "Paper: HRM, arXiv:2506.21734, ACT section.</p>")  # fmt: skip
+
+
+# --- accuracy and cost ----------------------------------------------------------------------------------------
+
+
+def _cost_section(report: _Report) -> str:
+    head = '<h2 id="costs">Accuracy and cost</h2>'
+    held = costs.cost_rows(report.info, report.runs)
+    if not held:
+        return head + "<p>No run was measured.</p>"
+    rows = [[
+        text_cell(row.arm, "name"), number_cell(len(row.finals)), _share(row.accuracy.value),
+        _bracket_cell(row.accuracy, 100, ".1f"), text_cell(costs.each(row.finals)),
+        number_cell(row.mean_steps.value, number(row.mean_steps.value, ".2f")),
+        number_cell(row.parameters, f"{row.parameters:,}"),
+        number_cell(row.flops, number(row.flops / costs.MEGA, ",.0f")),
+        number_cell(max(row.seconds), costs.minutes(row)),
+    ] for row in held]  # fmt: skip
+    heads = ("arm", "seeds", "accuracy, %", "95 % interval", "each seed, %", "mean segments", "parameters",
+             "MFLOP a puzzle", "minutes of training")  # fmt: skip
+    note = (
+        "Accuracy at the learned halt on all test puzzles, intervals over seeds and puzzles. MFLOP: the matrix "
+        "products of one puzzle up to its halt, forward. Lines: every puzzle halted at segment 1, 2, ..., mean over "
+        "seeds."
+    )
+    image = figure(_cost_figure(report.arms, held), big=True)
+    return f"{head}{table(heads, rows)}{image}<p class=small>{escape(note)}</p>"
+
+
+def _cost_figure(arms: Mapping[str, Sequence[RunResult]], rows: Sequence[costs.CostRow]) -> plots.Image:
+    drawn = [(row.arm, costs.step_curves(arms[row.arm], row.flops_per_segment), row.flops / costs.MEGA, row.accuracy)
+             for row in rows]  # fmt: skip
+    return plots.accuracy_against_compute(
+        drawn, "exact accuracy, %: halted at the learned segment (diamond) and at any fixed one (line)"
+    )
 
 
 # --- arms -----------------------------------------------------------------------------------------------------

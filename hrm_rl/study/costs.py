@@ -1,0 +1,123 @@
+"""What the arms of a study of whole trainings (`kind: train`) reach and what that costs: a table and a figure of both.
+
+Arithmetic is counted as in `hrm_rl.flops`: the matrix products of a segment times the segments that a puzzle takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hrm_rl.study.info import StudyInfo
+from hrm_rl.study.results import RunResult
+from hrm_rl.study.statistics import ArmSummary, Interval, by_arm, summarise
+
+MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of an arm, whatever it learns."""
+
+    parameters: int  # of the core
+    segment: int  # floating-point operations of one segment of one puzzle, forward
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """All seeds of an arm at the end of their training."""
+
+    arm: str
+    accuracy: Interval  # at the learned halt, over seeds and puzzles
+    finals: tuple[float, ...]  # every seed's accuracy
+    mean_steps: Interval
+    parameters: int
+    flops_per_segment: int  # of one puzzle, forward
+    seconds: tuple[float, ...]  # of training, every seed's
+
+    @property
+    def flops(self) -> float:
+        """Of a puzzle up to its learned halt; NaN where no run has one."""
+        return self.flops_per_segment * self.mean_steps.value
+
+
+def cost_of(values: Mapping[str, Any]) -> Cost:
+    """Parameters and arithmetic of an arm by its settings. UserError as training would raise it."""
+    from hrm_rl.core import build_core
+    from hrm_rl.core.io import load_core
+    from hrm_rl.flops import segment_flops
+    from hrm_rl.study.spec import train_settings
+
+    config, _, _ = train_settings(values)
+    core = config.core
+    if config.init_core or config.objective == "q":
+        core = load_core(config.init_core, "cpu", size=config.size, task=config.task).core.config
+    with torch.device("meta"):
+        built = build_core(replace(core, dtype="float32"))
+    return Cost(sum(p.numel() for p in built.parameters()), segment_flops(core).forward)
+
+
+def cost_rows(info: StudyInfo, results: Sequence[RunResult]) -> list[CostRow]:
+    """One row an arm that has a run, in the study's order."""
+    summaries, runs = summarise(results, info.baseline, {"accuracy": 1}), by_arm(info.in_order(results))
+    return [_row(arm, held, summaries[arm], cost_of(info.arms[arm])) for arm, held in runs.items() if arm in info.arms]
+
+
+def _row(arm: str, runs: Sequence[RunResult], summary: ArmSummary, cost: Cost) -> CostRow:
+    nothing = Interval(math.nan)
+    accuracy, steps = summary.metrics.get("accuracy"), summary.metrics.get("mean_steps")
+    mean_steps = steps.mean if steps else nothing
+    return CostRow(
+        arm, accuracy.mean if accuracy else nothing, accuracy.finals if accuracy else (), mean_steps,
+        cost.parameters, cost.segment, tuple(run.seconds for run in runs),
+    )  # fmt: skip
+
+
+def text(rows: Sequence[CostRow]) -> str:
+    """The table for a terminal: one line an arm."""
+    width = max(len("arm"), *(len(row.arm) for row in rows))
+    spread = max(len("each seed"), *(6 * len(row.finals) - 1 for row in rows))
+    lines = [f"{'arm':<{width}}  {'accuracy':>22}  {'each seed':<{spread}}  {'steps':>5}  {'parameters':>11}  "
+             f"{'MFLOP/puzzle':>12}  {'minutes':>12}"]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"{row.arm:<{width}}  {in_percent(row.accuracy):>22}  {each(row.finals):<{spread}}  "
+            f"{row.mean_steps.value:>5.2f}  {row.parameters:>11,}  {row.flops / MEGA:>12,.0f}  {minutes(row):>12}"
+        )
+    lines.append(
+        "accuracy at the learned halt with a 95 % interval over seeds and puzzles, then each seed's; MFLOP: matrix "
+        "products of a puzzle\nup to its halt; minutes of training, from the fastest to the slowest seed"
+    )
+    return "\n".join(lines)
+
+
+def in_percent(interval: Interval) -> str:
+    """ "95.5% [94.3%, 96.6%]"; the interval only where it is known."""
+    if math.isnan(interval.value):
+        return "-"
+    bounds = f" [{interval.low:.1%}, {interval.high:.1%}]" if interval.known else ""
+    return f"{interval.value:.1%}{bounds}"
+
+
+def each(finals: Sequence[float]) -> str:
+    """Every seed's accuracy in percent, in the order of seeds."""
+    return " ".join(f"{100 * value:5.1f}" if math.isfinite(value) else "    -" for value in finals)
+
+
+def minutes(row: CostRow) -> str:
+    """The range over seeds."""
+    low, high = min(row.seconds) / 60, max(row.seconds) / 60
+    return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+
+
+def step_curves(runs: Sequence[RunResult], segment: int) -> tuple[list[float], list[float]]:
+    """(MFLOP, accuracy) of halting every puzzle at segment 1, 2, ..., mean over the runs that were measured."""
+    held = [run.by_step["accuracy"][-1].double() for run in runs if len(run.by_step.get("accuracy", ()))]
+    if not held or len({len(row) for row in held}) > 1:
+        return [], []
+    mean = torch.stack(held).mean(0)
+    return [segment * (m + 1) / MEGA for m in range(len(mean))], mean.tolist()
