@@ -54,6 +54,15 @@ def test_each_claim_can_fail(part, changes):
     assert set(_verdicts(_study(**changes))[part]) == {"did not hold"}
 
 
+@pytest.mark.parametrize("detached, verdict", [(0.9, "held"), (0.8, "did not hold")])
+def test_runs_whose_core_the_q_loss_did_not_reach_are_held_against_the_fixed_ones(detached, verdict):
+    points = _study(fixed=lambda m: 0.9) + [_point("detached", 8, 8, seed, detached, 5) for seed in range(3)]
+    found = _verdicts(points)
+    assert found["(b'"] == [verdict] and set(found["(b)"]) == {"did not hold"}  # those of ACT stay their own
+    kinds = [(row.kind, row.trained) for row in figure5.rows(points, resamples=50) if row.kind == "detached"]
+    assert kinds == [("detached", 8)]
+
+
 def test_one_seed_decides_nothing_about_accuracy():
     found = _verdicts(_study(seeds=1))
     assert set(found["(b)"]) == set(found["(c)"]) == {"undecided"}
