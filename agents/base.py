@@ -78,6 +78,9 @@ class HaltingAgent(nn.Module):
     learns = False
     #: Whether `loss` reads `Transition.next_z_H`: the trainer gets it as `bootstrap` says. False saves that.
     bootstraps = True
+    #: Whether `act` and `loss` are tensors from end to end (all they keep is in `memory`, nothing is read or counted by
+    #: the host), so that updates can be replayed as a CUDA graph.
+    capturable = False
     #: What it needs to see beside the rest, of `SEES`; callers carry only what is asked for.
     sees: tuple[str, ...] = ()
     #: Halt where score >= threshold (score > threshold where `strict`).

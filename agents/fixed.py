@@ -16,6 +16,8 @@ class FixedAgent(HaltingAgent):
         k: The segment to halt at; 0 stands for max_steps.
     """
 
+    capturable = True
+
     def __init__(self, max_steps: int, k: int = 0):
         if not 0 <= k <= max_steps:
             raise UserError(f"agent.k must be between 1 and max_steps={max_steps} (or 0 for max_steps), not {k}")

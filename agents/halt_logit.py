@@ -32,6 +32,7 @@ class HaltLogitAgent(HaltingAgent):
     """
 
     learns = True
+    capturable = True
     bootstraps = False
     strict = True
 

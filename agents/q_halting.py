@@ -39,6 +39,7 @@ class QHaltingAgent(HaltingAgent):
     """
 
     learns = True
+    capturable = True
     strict = True
 
     def __init__(

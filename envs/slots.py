@@ -205,6 +205,19 @@ class SlotEngine:
         with torch.no_grad():
             return self._tail(start)
 
+    def held(self) -> tuple[Slots, Start | None]:
+        """(slots, what `lookahead` has prepared), without gradient: all that the next `advance` reads."""
+        slots = Slots(*(None if value is None else value.detach() for value in self.slots))
+        return slots, None if self._ahead is None else self._ahead[1]
+
+    def hold(self, slots: Slots, ahead: Start | None, actions: Tensor) -> None:
+        """Go on from `held`, or from tensors like it; `actions` (B,): what `advance` will be handed.
+
+        Until then there is no state to save.
+        """
+        self._slots, self._start = slots, None
+        self._ahead = None if ahead is None else (actions, ahead)
+
     def state_dict(self) -> dict[str, Tensor | str]:
         """Everything the engine needs to go on exactly; take it between `advance` and `lookahead`.
 

@@ -13,6 +13,7 @@ A compiled figure is refused where part of it ran uncompiled.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -65,6 +66,7 @@ class TrainBench:
         train_config: A YAML file of hrm_rl.train to time in place of a model.
         bootstrap: Bootstrap modes: extra_forward, shared_prefix, next_observation, none.
         compile: off, on, or both.
+        cuda_graph: off, on, or both: updates replayed as one CUDA graph (a GPU).
         dtype: float32, bfloat16, float16; auto is what hrm_rl.train would choose.
         objective: joint, supervised or q; empty keeps the model's.
         num_envs: Slots; 0 keeps the model's (small 64; paper 16 on a CPU and 768 on a GPU).
@@ -81,6 +83,7 @@ class TrainBench:
     train_config: str | None = None
     bootstrap: str = "extra_forward,shared_prefix"
     compile: str = "off,on"
+    cuda_graph: str = "off"
     dtype: str = "auto"
     objective: Literal["", "joint", "supervised", "q"] = ""
     num_envs: int = 0
@@ -280,7 +283,10 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
     device = pick_device(options.device)
     modes = choices("bootstrap", options.bootstrap, BOOTSTRAPS)
     compiled = choices("compile", options.compile, ("off", "on"))
+    graphs = choices("cuda_graph", options.cuda_graph, ("off", "on"))
     dtypes = choices("dtype", options.dtype, ("auto", *DTYPES))
+    if "on" in graphs and device.type != "cuda":
+        raise UserError(f"--cuda_graph on: it needs a GPU, not {device.type}")
     if "on" in compiled and not can_compile(device):
         raise UserError("--compile on: no C++ compiler (CPU) or Triton (GPU) was found; use --compile off")
     values = train_values(options.train_config) if options.train_config else model_values(options.model, device)
@@ -290,13 +296,12 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
     if options.num_envs:
         values["num_envs"] = options.num_envs
     configs = {}
-    for dtype in dtypes:
-        for how in compiled:
-            for mode in modes:
-                core = dict(values.get("core", {})) | {"dtype": dtype}
-                config = TrainConfig.from_values(values | {"bootstrap": mode, "compile": how, "core": core})
-                label = "compiled" if how == "on" else "eager"
-                configs[f"{mode}, {label}, {config.core.dtype}"] = config
+    for dtype, how, graph, mode in itertools.product(dtypes, compiled, graphs, modes):
+        core = dict(values.get("core", {})) | {"dtype": dtype}
+        own = {"bootstrap": mode, "compile": how, "cuda_graph": graph, "core": core}
+        config = TrainConfig.from_values(values | own)
+        label = f"{'compiled' if how == 'on' else 'eager'}{' graph' if graph == 'on' else ''}"
+        configs[f"{mode}, {label}, {config.core.dtype}"] = config
     return configs
 
 
@@ -336,6 +341,10 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
         for _ in range(SETTLE):
             trainer.update()
     check_compiled(guard, trainers)
+    replayed = [trainer for trainer in trainers.values() if getattr(trainer, "replayed", None) is not None]
+    for trainer in replayed:
+        while not trainer.replayed.replays:
+            trainer.update()
     counts = {name: times_in(trainer.update, device, options.seconds) for name, trainer in trainers.items()}
     dtypes = sorted({trainer.config.core.dtype for trainer in trainers.values()})
     peaks, packed = [Peak(dtype, device) for dtype in dtypes], packed_peaks(dtypes, device)
@@ -345,6 +354,10 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
     machine = [peak.measure for peak in (*peaks, *packed.values())]
     results = interleave(options.repeats, [*timed, *machine])
     guard.check_same(graphs)
+    trace = write_trace(options.profile, next(iter(trainers.values())).update, device) if options.profile else None
+    for trainer in replayed:  # what follows looks into updates, which a replay does not let it
+        trainer.replayed.settle()
+        trainer.replayed = None
     check_compiled(guard, trainers)
     speeds = [spread(values) for values in results[len(timed) :]]
     peak_of = dict(zip(dtypes, speeds[: len(dtypes)], strict=True))
@@ -357,14 +370,13 @@ def bench_train(options: TrainBench, make: Callable[[Any], Any] = make_trainer) 
         peak = peak_of[c.core.dtype]["median"]
         rate = spread(rates)
         rows.append({
-            "name": name, "bootstrap": c.bootstrap, "compiled": trainer.compiled, "dtype": c.core.dtype,
-            "num_envs": c.num_envs, "samples_per_second": rate, "repeats": rates,
+            "name": name, "bootstrap": c.bootstrap, "compiled": trainer.compiled, "cuda_graph": c.cuda_graph == "on",
+            "dtype": c.core.dtype, "num_envs": c.num_envs, "samples_per_second": rate, "repeats": rates,
             "flops_per_sample": flops.total, "flops": asdict(flops), "peak_flops_per_second": peak,
             "utilisation": rate["median"] * flops.total / peak,
             "equivalent_utilisation": rate["median"] * published_flops(c.core) / peak,
             "environment_share": _environment_share(trainer),
         })  # fmt: skip
-    trace = write_trace(options.profile, trainers[rows[0]["name"]].update, device) if options.profile else None
     if options.fresh:
         for row in rows:
             row |= fresh(configs[row["name"]])
@@ -389,7 +401,7 @@ def _bootstrap_ratios(rows: list[dict]) -> list[dict]:
     ratios = []
     for base in rows:
         for row in rows:
-            same = all(row[key] == base[key] for key in ("compiled", "dtype", "num_envs"))
+            same = all(row[key] == base[key] for key in ("compiled", "cuda_graph", "dtype", "num_envs"))
             if base["bootstrap"] == "extra_forward" and same and row is not base:
                 pairs = [a / b for a, b in zip(row["repeats"], base["repeats"], strict=True)]
                 ratios.append({"name": row["name"], "bootstrap": row["bootstrap"], "ratio": spread(pairs)})
@@ -468,7 +480,7 @@ def _fresh_process() -> int:
     trainer.update()
     synchronise(trainer.device)
     started = time.time() - order["began"]
-    for _ in range(SETTLE):
+    for _ in range(SETTLE + 2 * (trainer.replayed is not None)):  # the capture as well
         trainer.update()
     with high_water(trainer.device) as peak:
         seconds_of(trainer.update, trainer.device, MEMORY_UPDATES)

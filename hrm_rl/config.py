@@ -119,6 +119,7 @@ class TrainConfig:
         seed: Fixes weights, puzzles, symmetries and exploration.
         device: auto takes a GPU where there is one, otherwise the CPU.
         compile: Compile the core with torch.compile: auto does so where a compiler is found.
+        cuda_graph: on: replay updates as one CUDA graph (a GPU, one process, an agent that can be captured).
         deterministic: Only kernels that give the same numbers every time: auto is on for a CPU and off for a GPU.
         log_every: Updates between two lines of metrics.
         eval_every: Updates between two evaluations during training; 0 is off.
@@ -159,6 +160,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["on", "off"] = "off"
     deterministic: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     eval_every: int = 1000

@@ -44,6 +44,14 @@ class FiniteWatch:
             self._names = tuple(terms)
         self._first = torch.where(bad & (self._first == 0), self._updates, self._first)
 
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """What is kept on the device: for `hold`."""
+        return self._updates, self._first
+
+    def hold(self, updates: Tensor, first: Tensor | None) -> None:
+        """Keep it in these tensors."""
+        self._updates, self._first = updates, first
+
     def check(self, step: int) -> None:
         """Raise NonFiniteError for the first bad term of the first bad update; `step` is the update seen last.
 

@@ -73,10 +73,13 @@ class SignSGD(torch.optim.Optimizer):
                     p.copy_(torch.where(used, decay * p - lr * p.grad.sign(), p))
 
 
-def make_optimizers(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, capturable: bool = False
+) -> list[torch.optim.Optimizer]:  # fmt: skip
     """The optimisers that together hold each of `parameters` (name -> parameter) exactly once.
 
     Every group has a key "peak", its peak learning rate, which the schedule multiplies, and "kind", its name.
+    capturable: AdamW on a GPU can be part of a CUDA graph; its learning rates are then tensors.
     Raises UserError where this torch has no Muon, or where adam_atan2_pytorch is missing.
     """
     matrices: dict[str, nn.Parameter] = {}
@@ -102,8 +105,16 @@ def make_optimizers(parameters: Mapping[str, nn.Parameter], config: OptimConfig)
             optimizer = make(list(held.values()), config)
             for group in optimizer.param_groups:
                 group["peak"], group["kind"] = group["lr"], kind
+                if capturable and kind == "adamw" and group["params"][0].device.type == "cuda":
+                    group["capturable"] = True
+                    group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
             optimizers.append(optimizer)
     return optimizers
+
+
+def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a CUDA graph can hold its steps."""
+    return all(group.get("capturable", False) for group in optimizer.param_groups)
 
 
 def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -187,7 +198,10 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> 
     """Every group's learning rate becomes `share` of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = share * group["peak"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(share * group["peak"])
+            else:
+                group["lr"] = share * group["peak"]
 
 
 def state_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -61,6 +61,8 @@ class SB3Trainer:
         if config.optim != OptimConfig():
             raise UserError(f"optim: agent {name} has an optimiser of its own; its flags are --agent.learning_rate "
                             "and the like")  # fmt: skip
+        if config.cuda_graph == "on":
+            raise UserError(f"cuda_graph=on: agent {name} learns in stable-baselines3's own loop")
         agent_class.algorithm_class()  # SB3 is there, or one line says that it is not
         self.config = config
         self.device = pick_device(config.device)

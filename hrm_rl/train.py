@@ -25,6 +25,8 @@ DESCRIPTION = (
     "--config (an agent's own arguments: agent_args). Without flags: 9x9 Sudoku on this machine, as in the README."
 )
 
+_ANEW = ("total_steps", "time_budget", "device", "compile", "cuda_graph")  # what a resumed run may be told anew
+
 
 def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
@@ -56,7 +58,7 @@ def build_parser():
                         help='Arguments of the agent in one piece, e.g. \'{"epsilon": 0.2}\'')  # fmt: skip
     parser.add_argument("--resume", type=str, default=None,
                         help="Run folder to go on with (or one of its checkpoints); its own configuration counts, but "
-                        "total_steps, time_budget, device and compile may be given anew")  # fmt: skip
+                        f"{', '.join(_ANEW[:-1])} and {_ANEW[-1]} may be given anew")  # fmt: skip
     return parser
 
 
@@ -154,14 +156,14 @@ class _Session:
             self.lock = lock_run(run)
             self.stack.callback(self.lock.close)
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-        refused = given - {"resume", "total_steps", "time_budget", "device", "compile", "debug"}
+        refused = given - {"resume", "debug", *_ANEW}
         if refused:
             name = sorted(refused)[0]
-            may = "total_steps, time_budget, device and compile may change"
+            may = f"{', '.join(_ANEW[:-1])} and {_ANEW[-1]} may change"
             raise UserError(f"--{name}: a resumed run keeps its configuration ({may})")
         stored = cli.parse(build_parser(), ["--config", str(run / "config.yaml")])
         config, agent_class, agent_arguments = read_options(stored)
-        changes = {n: getattr(options, n) for n in ("total_steps", "time_budget", "device", "compile") if n in given}
+        changes = {n: getattr(options, n) for n in _ANEW if n in given}
         config = replace(config, **changes)
         if self.ranks.first:
             chosen, tensors, state = (chosen, *load_checkpoint(chosen)) if chosen else load_newest(run)

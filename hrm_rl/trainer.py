@@ -28,11 +28,12 @@ from agents import AgentLoss, HaltingAgent, QHaltingAgent, Transition, View, dec
 from agents.q_targets import QLosses
 from agents.registry import agent_name
 from envs import HALT, Slots
-from hrm_rl import evaluation, measure
+from hrm_rl import cuda_graph, evaluation, measure
 from hrm_rl.config import TrainConfig, near_environment, small_core
 from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
+from hrm_rl.cuda_graph import Replayed
 from hrm_rl.devices import can_compile
 from hrm_rl.errors import UserError
 from hrm_rl.losses import supervised_loss
@@ -143,7 +144,7 @@ class Trainer:
         if self.learns_q:
             trained |= {f"agent.{n}": p for n, p in self.agent.named_parameters()}
         self.trained: dict[str, nn.Parameter] = trained
-        self.optimizers = make_optimizers(trained, config.optim)
+        self.optimizers = make_optimizers(trained, config.optim, capturable=config.cuda_graph == "on")
         self.ema = {name: p.detach().clone() for name, p in trained.items()} if config.optim.ema else {}
         self.step = 0
         self.elapsed = 0.0
@@ -157,9 +158,14 @@ class Trainer:
         self.probe_target: Tensor | None = None
         self.previous: tuple[Tensor, Tensor] | None = None  # state one segment ago, kept at logged updates
         self.fault: Tensor | None = None  # what is wrong with the agent's values, read at logged updates (not on a CPU)
+        self.actions: Tensor | None = None  # (B,) the latest decision
         self.fewest_clues = int(self.puzzles.clues.min())
         self._set_clues()
         self.envs.reset(seed=config.seed + ranks.rank * self.num_slots)
+        self.replayed: Replayed | None = None
+        if config.cuda_graph == "on":
+            cuda_graph.check(self)
+            self.replayed = Replayed(self)
 
     # --- set-up -------------------------------------------------------------------------------------------
 
@@ -233,12 +239,27 @@ class Trainer:
         Raises NonFiniteError before the optimiser moves (on a GPU, which it would have to wait for, at detailed
         updates and before checkpoints, by `check_finite`).
         """
-        slots = self.envs.slots
-        view, q_logits, actions = self._decide(slots)
-        ended = (actions == HALT) | (slots.steps >= self.config.max_steps)
-        transition = Transition(view, q_logits, actions, slots.is_correct, None, ended)
-        losses, q = self._losses(slots, transition)
+        if self.replayed is not None:
+            return self.replayed.update(detailed, before_detailed)
+        self.before_update()
+        details = self.learn(detailed, before_detailed)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.after_update()
+        self.next_segment()
+        return details
+
+    def before_update(self) -> None:
+        """What the host decides before an update."""
         set_learning_rate(self.optimizers, self.schedule())
+
+    def learn(self, detailed: bool = False, before_detailed: bool = False) -> dict[str, float]:
+        """Decide in every slot and leave the gradient of the losses in the parameters: see `update`."""
+        slots = self.envs.slots
+        view, q_logits, self.actions = self._decide(slots)
+        ended = (self.actions == HALT) | (slots.steps >= self.config.max_steps)
+        transition = Transition(view, q_logits, self.actions, slots.is_correct, None, ended)
+        losses, q = self._losses(slots, transition)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self._backward(losses["loss/total"])
@@ -253,16 +274,35 @@ class Trainer:
         if self.config.optim.grad_clip:
             nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.optim.grad_clip)
         self.previous = (slots.z_H.detach(), slots.z_L.detach()) if before_detailed else None
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self._average()
         if self.config.bootstrap == "next_observation" and self.learns_q and self.agent.bootstraps:
             self.stored = transition._replace(view=view._replace(z_H=slots.z_H.detach(), logits=None), q_logits=None)
-        self.step += 1
-        self._set_clues()
-        self.envs.step(actions)
-        self.samples += self.config.num_envs
         return details
+
+    def after_update(self) -> None:
+        """The running average and the counters, once the optimisers have moved."""
+        self._average()
+        self.step += 1
+        self.samples += self.config.num_envs
+        self._set_clues()
+
+    def next_segment(self) -> None:
+        """Act as decided: one segment in every slot, with the new weights."""
+        self.envs.step(self.actions)
+
+    def carried(self) -> dict:
+        """All tensors that an update leaves to the next, beside weights and optimisers, before `next_segment`."""
+        slots, ahead = self.engine.held()
+        return {"slots": slots, "ahead": ahead, "actions": self.actions, "stored": self.stored,
+                "memory": dict(self.agent.memory), "sums": dict(self.sums.values), "watch": self.watch.held(),
+                "fault": self.fault}  # fmt: skip
+
+    def carry_on(self, carried: dict) -> None:
+        """Take over what `carried` returned, or tensors like it."""
+        self.actions, self.stored, self.fault = carried["actions"], carried["stored"], carried["fault"]
+        self.engine.hold(carried["slots"], carried["ahead"], self.actions)
+        self.agent.memory.update(carried["memory"])
+        self.sums.values = dict(carried["sums"])
+        self.watch.hold(*carried["watch"])
 
     def _backward(self, loss: Tensor) -> None:
         if self.averaging is None:
@@ -434,6 +474,8 @@ class Trainer:
 
         Whatever belongs to slots is that of all ranks, so that any number of ranks can go on from it.
         """
+        if self.replayed is not None:
+            self.replayed.settle()
         tensors = {f"core.{n}": t for n, t in self.core.state_dict().items()}
         tensors |= {f"agent.{n}": t for n, t in self.agent.state_dict().items()}
         tensors |= {f"ema.{n}": t for n, t in self.ema.items()}

@@ -208,6 +208,11 @@ def test_a_fall_back_to_eager_is_refused(tiny, quick, monkeypatch):
         bench.bench_train(train(tiny, "--compile", "on", "--dtype", "float32", "--bootstrap", "none"))
 
 
+def test_a_graph_needs_a_gpu(tiny):
+    with pytest.raises(UserError, match="--cuda_graph on: it needs a GPU, not cpu"):
+        bench.train_configs(train(tiny, "--cuda_graph", "on", "--device", "cpu"))
+
+
 def test_one_function_left_uncompiled_is_refused(tiny, quick):
     def make(config):
         trainer = bench.make_trainer(config)

@@ -329,6 +329,7 @@ def test_lines_fall_where_a_rollout_passes_them():
         (["--agent.batch_size=0"], "agent.batch_size must be at least 1, not 0"),
         (["--agent.net_arch=[0]"], r"net_arch must hold at most 8 sizes between 1 and 4096, not \[0\]"),
         (["--agent=sb3.DQM"], "agent 'sb3.DQM' is unknown; did you mean 'sb3.DQN'?"),
+        (["--cuda_graph=on"], "cuda_graph=on: agent sb3.DQN learns in stable-baselines3's own loop"),
         (["--optim.lr=0.1"], "optim: agent sb3.DQN has an optimiser of its own"),
     ],
 )

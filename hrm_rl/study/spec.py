@@ -48,7 +48,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: Settings of hrm_rl.train that the study itself decides for every run.
 _STUDYS_OWN = {
     "seed": "seeds", "total_steps": "updates", "out": "--out", "name": "the arm and the seed", "device": "--device",
-    "log_every": "checkpoints", "eval_every": "checkpoints", "checkpoint_every": "checkpoints",
+    "cuda_graph": "--device", "log_every": "checkpoints", "eval_every": "checkpoints",
+    "checkpoint_every": "checkpoints",
 }  # fmt: skip
 _GROUPS = ("optim", "core", "agent_args")
 #: Fields that only count beside a certain value of another one.
