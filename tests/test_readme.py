@@ -36,16 +36,16 @@ def test_the_agent_example_evaluates(tmp_path):
 
 def test_every_flag_it_shows_exists():
     from agents import HaltingAgent, find_agent
+    from hrm_rl.ablate import build_parser as ablate_parser
     from hrm_rl.compare import build_parser as compare_parser
     from hrm_rl.evaluate import build_parser as evaluate_parser
+    from hrm_rl.generate import build_parser as generate_parser
     from hrm_rl.train import build_parser as train_parser
 
-    known = {
-        "train": {action.dest for action in train_parser()._actions},
-        "evaluate": {action.dest for action in evaluate_parser()._actions},
-        "compare": {action.dest for action in compare_parser()._actions},
-    }
-    shown = re.findall(r"python3? -m hrm_rl\.(train|evaluate|compare)((?: +[^\n#`]+)?)", README)
+    parsers = {"train": train_parser, "evaluate": evaluate_parser, "compare": compare_parser, "ablate": ablate_parser,
+               "generate": generate_parser}  # fmt: skip
+    known = {name: {action.dest for action in parser()._actions} for name, parser in parsers.items()}
+    shown = re.findall(rf"-m hrm_rl\.({'|'.join(parsers)})((?: +[^\n#`]+)?)", README)
     assert len(shown) > 8
     for command, rest in shown:
         for flag in re.findall(r"--([a-z][a-z_.\-]*)", rest):
@@ -55,6 +55,13 @@ def test_every_flag_it_shows_exists():
                 assert flag.removeprefix("agent.") in inspect.signature(agent_class).parameters, flag
                 continue
             assert flag.replace("-", "_") in known[command], f"{command} has no --{flag}"
+
+
+def test_a_line_is_one_command_and_what_it_does():
+    for line in "".join(blocks("bash")).splitlines():
+        command, _, comment = line.partition("#")
+        assert re.match(r"(python3? -m |torchrun |\. \.venv|pip |$)", command), line
+        assert "-m hrm_rl" not in comment and (command.count("-m hrm_rl") < 2), line
 
 
 def test_every_path_of_the_map_exists():
