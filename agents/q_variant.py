@@ -146,8 +146,6 @@ class QVariantAgent(QHaltingAgent):
             it is a value and no logit (loss=mse_logits).
     """
 
-    capturable = False  # the age of its target network and the place in its replay are counted by the host
-
     def __init__(
         self, core: nn.Module, max_steps: int, bootstrap: q_targets.Bootstrap = "extra_forward",
         target: Literal["none", "polyak", "hard", "last_layer"] = "none", tau: float = 0.01, period: int = 100,

@@ -68,6 +68,16 @@ def test_every_agent_that_says_so_can_be_captured(name):
     assert_same(plain, replayed)
 
 
+@pytest.mark.parametrize("arguments", [
+    {"target": "polyak"}, {"target": "hard", "period": 3}, {"replay": "fifo", "replay_size": 40},
+    {"replay": "fifo", "replay_size": 64, "backup": "lambda"}, {"backup": "double"},
+], ids=str)  # fmt: skip
+def test_targets_and_replay(arguments):
+    plain, replayed = (make(find_agent("q_variant"), arguments) for make in (small_trainer, rehearsed))
+    assert run(plain, 24) == run(replayed, 24) and replayed.replayed.replays >= 8
+    assert_same(plain, replayed)
+
+
 @pytest.mark.parametrize("changes", [
     {"optim": {"optimizer": "adam_atan2", "embedding": "sign_sgd"}}, {"optim": {"optimizer": "muon", "grad_clip": 0.5}},
     {"objective": "q"}, {"objective": "supervised"}, {"clues": (10, 12), "curriculum": (0.8, 0.9)},
@@ -146,9 +156,13 @@ def test_refused_where_there_is_no_gpu():
         small_trainer(cuda_graph="on")
 
 
-def test_an_agent_that_counts_on_the_host_is_refused(monkeypatch):
-    assert not HaltingAgent.capturable and not find_agent("q_variant").capturable
-    trainer = small_trainer(find_agent("q_variant"))
+def test_an_agent_that_does_not_say_it_can_be_captured_is_refused(monkeypatch):
+    assert not HaltingAgent.capturable  # a plug-in may count on the host
+
+    class Own(find_agent("q")):
+        capturable = False
+
+    trainer = small_trainer(Own)
     monkeypatch.setattr(trainer, "device", torch.device("cuda"))
     with pytest.raises(UserError, match="decides on the host"):
         cuda_graph.check(trainer)
