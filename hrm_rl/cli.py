@@ -193,7 +193,9 @@ def read_settings(path: str | Path, known: Mapping[str, Any], group: str = "") -
                 found.pop(name, None)
                 found[name] = Setting(_as_words(path, name, value, known[name], refuse), key.start_mark.line + 1)
             else:
-                refuse(key, f"unknown setting {name!r}{nearest(name, known)}")
+                own_of_agent = name.startswith("agent.") and "agent_args" in known
+                hint = f"; write agent_args: {{{name[6:]}: ...}}" if own_of_agent else nearest(name, known)
+                refuse(key, f"unknown setting {name!r}{hint}")
 
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: must hold settings, one 'name: value' a line")

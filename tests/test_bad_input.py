@@ -163,6 +163,7 @@ BAD_YAML = [
     ("a: &a [x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b, *b]\n"
      "d: &d [*c, *c, *c, *c, *c, *c, *c, *c]\nagent_args: {x: [*d, *d, *d, *d]}\n", "bad.yaml: holds too many values"),
     ("agent_args: &a {x: *a}\n", "bad.yaml: holds too many values"),
+    ("agent: fixed\nagent.k: 4\n", "bad.yaml:2: unknown setting 'agent.k'; write agent_args: {k: ...}"),
     ("data: !!python/object/apply:os.system ['touch hacked']\n", "bad.yaml:1: tag '!!python/object/apply:os.system'"),
     (b"size: 4\n\xff\xfe", "bad.yaml:2: not UTF-8 text"), ("size: 4\n".encode("utf-16"), "bad.yaml:1: not UTF-8 text"),
     (b"size: 4\0\n", "bad.yaml:1: not YAML"),
