@@ -46,4 +46,16 @@ def choose(mask: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | Non
     """Rows of `new` where mask (B,) is true, else of `old`; (B, ...) both. None where neither is carried."""
     if new is None:
         return None
-    return torch.where(mask.view(-1, *(1 for _ in new.shape[1:])), new, old)
+    rows = mask.view(-1, *(1 for _ in new.shape[1:]))
+    if new.dtype == old.dtype and _is_words(new) and _is_words(old):  # a CPU takes a fourth of the time
+        return torch.where(rows, new.view(torch.int64), old.view(torch.int64)).view(new.dtype)
+    return torch.where(rows, new, old)
+
+
+def _is_words(tensor: Tensor) -> bool:
+    """Whether the last dimension can be read as whole 64-bit words, and no gradient is lost by it."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return False
+    size = 8 // tensor.element_size()
+    places = *tensor.stride()[:-1], tensor.storage_offset(), tensor.shape[-1]
+    return size > 1 and tensor.ndim > 1 and tensor.stride(-1) == 1 and all(place % size == 0 for place in places)
