@@ -16,7 +16,7 @@ from hrm_testing import small_core
 
 from hrm_rl import bench, timing
 from hrm_rl.bench_cores import saved_bytes
-from hrm_rl.core import CORES, HRMCore, build_core
+from hrm_rl.core import CORES, HRMCore, RecurrentCore, build_core
 from hrm_rl.errors import UserError
 from hrm_rl.flops import published_flops, segment_flops, update_flops
 from hrm_rl.timing import CompileGuard, Peak, high_water, interleave, spread, times_in, write_trace
@@ -329,6 +329,23 @@ def test_every_core_has_its_row(tiny, capsys, tmp_path):
         assert re.search(rf"^{kind} +{row['parameters']:,} ", printed, re.MULTILINE)
     assert rows["trm"]["activations"] > rows["recurrent_transformer"]["activations"]  # three calls against one of two
     assert rows["trm"]["calls_with_gradient"] == 3 and rows["recurrent_transformer"]["calls"] == 3
+
+
+@pytest.mark.slow
+def test_cores_are_timed_compiled_where_all_of_it_ran_compiled(tiny, quick, monkeypatch):
+    """direct_transformer has an empty prefix, in which there is nothing to compile."""
+    options = bench.CoresBench(kinds="direct_transformer,trm", train_config=str(tiny), compile="on", dtype="float32",
+                               device="cpu", repeats=1, seconds=0.001)  # fmt: skip
+    assert bench.bench_cores(options)["compiled"]
+    own = RecurrentCore.tail
+
+    def broken(self, tokens, state, puzzle_ids=None):
+        torch._dynamo.graph_break()
+        return own(self, tokens, state, puzzle_ids)
+
+    monkeypatch.setattr(RecurrentCore, "tail", broken)
+    with pytest.raises(UserError, match="not reported, the compiled graph is broken"):
+        bench.bench_cores(options)
 
 
 def test_activations_are_what_autograd_keeps():
