@@ -8,7 +8,8 @@ a machine that slows down slows all of it. What is reported:
   measured between the repeats, in the same dtype and on the same threads;
 - peak memory: of a fresh process on a CPU (resident high-water mark), of the allocator on a GPU.
 
-A compiled figure is refused where part of it ran uncompiled.
+A compiled figure is refused where part of it ran uncompiled, and a core with gradient=implicit wherever arithmetic is
+reported: how often a solver calls the networks is not known beforehand.
 """
 
 from __future__ import annotations
@@ -276,6 +277,7 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
     from hrm_rl.config import TrainConfig
     from hrm_rl.core.config import DTYPES
     from hrm_rl.devices import can_compile, pick_device
+    from hrm_rl.flops import check_countable
 
     device = pick_device(options.device)
     modes = choices("bootstrap", options.bootstrap, BOOTSTRAPS)
@@ -295,6 +297,7 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
             for mode in modes:
                 core = dict(values.get("core", {})) | {"dtype": dtype}
                 config = TrainConfig.from_values(values | {"bootstrap": mode, "compile": how, "core": core})
+                check_countable(config.core)
                 label = "compiled" if how == "on" else "eager"
                 configs[f"{mode}, {label}, {config.core.dtype}"] = config
     return configs
@@ -505,6 +508,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     core = build_core(replace(loaded.core.config, dtype=pick_dtype(dtype, device)))
     core.load_state_dict(loaded.core.state_dict())
     core.to(device)
+    flops = segment_flops(core.config).forward
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))
     learned = make_agent(find_agent("q"), core, max_steps, loaded.meta.get("bootstrap", "extra_forward"), {})
     learned.q_head.load_state_dict(loaded.q_head.state_dict())
@@ -538,7 +542,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     with high_water(device) as memory:
         results = interleave(options.repeats, [*runs.values(), peak.measure])
     guard.check_same(graphs)
-    top, flops, rows = statistics.median(results[-1]), segment_flops(core.config).forward, []
+    top, rows = statistics.median(results[-1]), []
     for label, solved in zip(runs, results, strict=False):
         if label.endswith("compiled"):
             guard.check(label, runs[label], engines["on"])

@@ -17,6 +17,8 @@ from hrm_testing import small_core
 from hrm_rl import bench, timing
 from hrm_rl.bench_cores import saved_bytes
 from hrm_rl.core import CORES, HRMCore, RecurrentCore, build_core
+from hrm_rl.core.io import model_bytes
+from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 from hrm_rl.flops import published_flops, segment_flops, update_flops
 from hrm_rl.timing import CompileGuard, Peak, high_water, interleave, spread, times_in, write_trace
@@ -258,6 +260,16 @@ def test_what_the_command_refuses_before_any_work(flags, message, monkeypatch):
     monkeypatch.setattr(bench, "interleave", None)
     with pytest.raises(UserError, match=message):
         bench.main(flags)
+
+
+@pytest.mark.parametrize("command", ["train", "cores", "evaluate"])
+def test_a_solver_has_no_arithmetic_to_report(command, tiny, tmp_path):
+    tiny.write_text(tiny.read_text().replace("gradient: auto", "gradient: implicit"))
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(model_bytes(build_core(replace(small_core(), gradient="implicit")), QHead(16)))
+    flags = ["--core", str(model)] if command == "evaluate" else ["--train_config", str(tiny)]
+    with pytest.raises(UserError, match="core.gradient=implicit: .* cannot be counted"):
+        bench.main([command, *flags, "--dtype", "float32", "--compile", "off"])
 
 
 # --- the other commands -------------------------------------------------------------------------------------
