@@ -17,7 +17,7 @@ from hrm_testing import small_core
 from hrm_rl import bench, timing
 from hrm_rl.bench_cores import saved_bytes
 from hrm_rl.core import CORES, HRMCore, RecurrentCore, build_core
-from hrm_rl.core.io import model_bytes
+from hrm_rl.core.io import model_bytes, packaged_core
 from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 from hrm_rl.flops import published_flops, segment_flops, update_flops
@@ -294,6 +294,12 @@ def test_evaluate_env_and_generate(quick, tmp_path, capsys):
     assert json.loads(out.read_text())["variants"][0]["puzzles_per_second"]["low"] > 0
     printed = capsys.readouterr().out
     assert "learned halt, eager" in printed and "not the core" in printed and "a second on" in printed
+
+
+def test_evaluate_times_the_puzzles_that_the_core_was_made_for(quick, capsys):
+    flags = ["--limit", "4", "--max_steps", "1", "--repeats", "1"]
+    assert bench.main(["evaluate", "--core", str(packaged_core(4, "futoshiki")), *flags]) == 0
+    assert "4 puzzles" in capsys.readouterr().out
 
 
 @pytest.mark.slow
