@@ -34,9 +34,9 @@ from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
 from hrm_rl.devices import can_compile
-from hrm_rl.errors import UserError
+from hrm_rl.errors import NonFiniteError, UserError
 from hrm_rl.losses import supervised_loss
-from hrm_rl.measure import FiniteWatch, NonFiniteError
+from hrm_rl.measure import FiniteWatch
 from hrm_rl.metrics import Sums
 from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, shares_of_bound, state_tensors
 from hrm_rl.parallel import ALONE, Ranks
