@@ -59,7 +59,7 @@ def packaged_core(size: int = 9, task: str = "sudoku") -> Path:
 def find_model(source: str | Path) -> Path:
     """The model file behind a path: the file itself, a checkpoint folder, or a run's newest checkpoint.
 
-    hf://owner/name is a repository of the Hub with the release's two files, which are fetched; UserError without it.
+    hf://owner/name is a repository of the Hub with the release's two files, which are fetched; UserError if not.
     """
     if hub := on_hub(source):
         fetch(hub, CONFIG_FILE, "model")  # which lies beside the other one in the client's cache
