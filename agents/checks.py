@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from envs.actions import CONTINUE, HALT
-from hrm_rl.errors import UserError
+from hrm_rl.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from agents.base import HaltingAgent, View
@@ -78,10 +78,11 @@ def check_score(view: View, score: Tensor) -> Tensor:
 
 
 def raise_fault(agent: HaltingAgent, fault: Tensor | int | None, where: str) -> None:
-    """UserError if `decide` found something (waits for the device)."""
+    """UserError if `decide` found something, NonFiniteError where it is a NaN (waits for the device)."""
     code = int(fault) if fault is not None else 0
     if code == _NAN:
-        raise UserError(f"agent {type(agent).__name__}, {where}: score() must return numbers, but there is a NaN in it")
+        said = f"agent {type(agent).__name__}, {where}"
+        raise NonFiniteError(f"{said}: score() must return numbers, but there is a NaN in it")
     if code == _ACTION:
         wanted = f"HALT ({HALT}) and CONTINUE ({CONTINUE})"
         raise UserError(f"agent {type(agent).__name__}, {where}: act() must return {wanted} only, but there is another")

@@ -102,11 +102,11 @@ def _command(words: Sequence[str]) -> str:
 
 
 def _files(study) -> dict[str, str]:
-    """SHA-256 of what the runs depend on beside the settings: core and puzzles."""
+    """SHA-256 of what the runs depend on beside the settings: core and puzzles. UserError for a core not there."""
+    from hrm_rl.core.io import find_model, packaged_core
     from hrm_rl.recorded import model_sha256
 
     if study.kind == "q_only":
-        from hrm_rl.core.io import find_model, packaged_core
         from hrm_rl.study.q_only import puzzles_of
 
         model = find_model(study.core) if study.core else packaged_core(study.size)
@@ -114,10 +114,11 @@ def _files(study) -> dict[str, str]:
         return {"core": model_sha256(model), "train": train.sha256, "probe": probe.sha256}
     found = {}
     for arm in study.arms:
-        for name in ("data", "test_data", "init_core"):
-            source = arm.values.get(name)
-            if source and Path(source).is_file():
-                found[source] = model_sha256(source)
+        values = arm.values
+        paths = {values[name]: Path(values[name]).expanduser() for name in ("data", "test_data") if values.get(name)}
+        if values.get("init_core"):
+            paths[values["init_core"]] = find_model(values["init_core"])  # of a folder, the model that is read
+        found |= {source: model_sha256(path) for source, path in paths.items() if path.is_file()}
     return found
 
 

@@ -8,7 +8,8 @@ a machine that slows down slows all of it. What is reported:
   measured between the repeats, in the same dtype and on the same threads;
 - peak memory: of a fresh process on a CPU (resident high-water mark), of the allocator on a GPU.
 
-A compiled figure is refused where part of it ran uncompiled.
+A compiled figure is refused where part of it ran uncompiled, and a core with gradient=implicit wherever arithmetic is
+reported: how often a solver calls the networks is not known beforehand.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class EvaluateBench:
 
     Args:
         core: Run folder, checkpoint or model file; nothing: the core that ships.
+        core_kind: Import path of the core's class, where it is your own (docs/CORES.md).
         limit: Puzzles of the shipped test set.
         batch_size: Puzzles in work at once.
         max_steps: The budget; 0 is the one trained with.
@@ -115,6 +117,7 @@ class EvaluateBench:
     """
 
     core: str | None = None
+    core_kind: str = ""
     limit: int = 512
     batch_size: int = 128
     max_steps: int = 0
@@ -279,6 +282,7 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
     from hrm_rl.config import TrainConfig
     from hrm_rl.core.config import DTYPES
     from hrm_rl.devices import can_compile, pick_device
+    from hrm_rl.flops import check_countable
 
     device = pick_device(options.device)
     modes = choices("bootstrap", options.bootstrap, BOOTSTRAPS)
@@ -300,6 +304,7 @@ def train_configs(options: TrainBench) -> dict[str, Any]:
         core = dict(values.get("core", {})) | {"dtype": dtype}
         own = {"bootstrap": mode, "compile": how, "cuda_graph": graph, "core": core}
         config = TrainConfig.from_values(values | own)
+        check_countable(config.core)
         label = f"{'compiled' if how == 'on' else 'eager'}{' graph' if graph == 'on' else ''}"
         configs[f"{mode}, {label}, {config.core.dtype}"] = config
     return configs
@@ -496,10 +501,11 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     import torch
 
     from agents import find_agent, make_agent
-    from hrm_rl.core import build_core
+    from hrm_rl.core import build_core, find_core
     from hrm_rl.core.config import DTYPES
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import can_compile, pick_device, pick_dtype
+    from hrm_rl.evaluate import task_of
     from hrm_rl.evaluation import solve
     from hrm_rl.flops import segment_flops
     from hrm_rl.trainer import user_puzzles
@@ -511,18 +517,22 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
         raise UserError("--compile on: no C++ compiler (CPU) or Triton (GPU) was found; use --compile off")
     if options.profile and len(compiled) > 1:
         raise UserError("--profile needs a single variant: --compile off or --compile on")
+    if options.core_kind:
+        find_core(options.core_kind)  # imports it
     loaded = load_core(options.core)
     if loaded.q_head is None:
         raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt to time")
     core = build_core(replace(loaded.core.config, dtype=pick_dtype(dtype, device)))
     core.load_state_dict(loaded.core.state_dict())
     core.to(device)
+    flops = segment_flops(core.config).forward
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))
     learned = make_agent(find_agent("q"), core, max_steps, loaded.meta.get("bootstrap", "extra_forward"), {})
     learned.q_head.load_state_dict(loaded.q_head.state_dict())
     fixed = make_agent(find_agent("fixed"), core, max_steps, None, {})
     agents = {"learned halt": learned.to(device), f"fixed at {max_steps}": fixed}
-    puzzles = user_puzzles(None, round(core.config.seq_len**0.5), "test", options.limit)
+    task, side = task_of(loaded)
+    puzzles = user_puzzles(None, side, "test", options.limit, task)
 
     class Engine:  # what CompileGuard looks at
         run_prefix, run_tail = staticmethod(core.prefix), staticmethod(core.tail)
@@ -550,7 +560,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     with high_water(device) as memory:
         results = interleave(options.repeats, [*runs.values(), peak.measure])
     guard.check_same(graphs)
-    top, flops, rows = statistics.median(results[-1]), segment_flops(core.config).forward, []
+    top, rows = statistics.median(results[-1]), []
     for label, solved in zip(runs, results, strict=False):
         if label.endswith("compiled"):
             guard.check(label, runs[label], engines["on"])

@@ -47,12 +47,13 @@ class CoresBench:
 
 
 def core_configs(options: CoresBench) -> dict[str, Any]:
-    """Every core's TrainConfig by its kind. UserError for a kind that is none, or an unknown dtype."""
+    """Every core's TrainConfig by its kind. UserError for a kind that is none, an unknown dtype, gradient=implicit."""
     from hrm_rl import bench
     from hrm_rl.config import TrainConfig
     from hrm_rl.core import CORES, find_core
     from hrm_rl.core.config import DTYPES
     from hrm_rl.devices import can_compile, pick_device
+    from hrm_rl.flops import check_countable
 
     device = pick_device(options.device)
     if options.compile == "on" and not can_compile(device):
@@ -65,7 +66,10 @@ def core_configs(options: CoresBench) -> dict[str, Any]:
     if options.num_envs:
         values["num_envs"] = options.num_envs
     core = dict(values.get("core", {})) | {"dtype": dtype}
-    return {kind: TrainConfig.from_values(values | {"core": core | {"kind": kind}}) for kind in kinds}
+    configs = {kind: TrainConfig.from_values(values | {"core": core | {"kind": kind}}) for kind in kinds}
+    for config in configs.values():
+        check_countable(config.core)
+    return configs
 
 
 def bench_cores(options: CoresBench) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.evaluate import in_dtype
     from hrm_rl.figures import frontier_figure
-    from hrm_rl.flops import segment_flops
+    from hrm_rl.flops import countable, segment_flops
 
     device = pick_device(options.device)
     if options.core_kind:
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
             replace(e, solved=evaluation.solve(core, e.agent, test, max_steps, options.batch_size, device))
             for e in tqdm(entries, unit="rule", desc="timing", disable=None, file=sys.stderr, leave=False)
         ]
-    flops = segment_flops(core.config).forward
+    flops = segment_flops(core.config).forward if countable(core.config) else None
     compared = comparison.compare(entries, passes["test"][0], scoring.difficulty_groups(test), baseline,
                                   options.ponder_cost, flops, options.resamples)  # fmt: skip
     result = {

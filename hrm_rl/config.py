@@ -99,7 +99,8 @@ class TrainConfig:
         out: Folder in which the run's own folder is made.
         name: Name of the run's folder; empty makes one from the objective, the seed and the time.
         init_core: Weights to start from (a run, checkpoint or model file). Only objective=q starts from
-            the packaged core where none is named; training the core starts from scratch.
+            the packaged core where none is named; training the core starts from scratch. The sizes are those of the
+            file; core.gradient, gradient_k and solver* are the run's own where they are not the usual ones.
         objective: joint (supervised and Q), supervised (the Q-head is untouched), q (the core is frozen
             and not held by the optimiser).
         q_to_core: Whether the gradient of the Q-loss reaches the core (joint only).

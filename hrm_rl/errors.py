@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend: commands print it as one line and exit with 2."""
+"""The exception for mistakes a user can mend: commands print it as one line and exit with 2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Bad input. The message is one line that names what is wrong and where."""
+
+
+class NonFiniteError(UserError):
+    """A loss, a gradient, a weight or an agent's score is not a number; training cannot go on."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

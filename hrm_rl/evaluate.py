@@ -20,8 +20,9 @@ def build_parser():
     """The parser of this command; its --help explains every flag."""
     parser = cli.make_parser("python -m hrm_rl.evaluate", __doc__.split("\n")[0], config=False)
     parser.add_argument("run", nargs="?", type=str, default=None, metavar="RUN",
-                        help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM; "
-                        "nothing: the core that ships.")  # fmt: skip
+                        help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM "
+                        "(hf://owner/name fetches it from the Hub); nothing: the core that ships.")  # fmt: skip
+    parser.add_argument("--core", type=str, default="", help="The same as RUN, as a flag.")
     parser.add_argument("--core_kind", type=str, default="",
                         help="Import path of the core's class, where it is your own (docs/CORES.md).")  # fmt: skip
     parser.add_argument("--max_steps", type=int, nargs="+", default=None,
@@ -75,12 +76,15 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} must be between {low} and {high}, not {options[name]}")
     if options.copies is not None and options.ensemble == "none":
         raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
+    if options.core and options.run is not None:
+        raise UserError(f"say once what to evaluate: RUN is {options.run}, --core is {options.core}")
+    source = options.core or options.run
     if options.core_kind:
         find_core(options.core_kind)  # imports it
     packaged = {}
-    if options.run is None and options.task != "auto":
+    if source is None and options.task != "auto":
         packaged = {"task": options.task, "size": task_class(options.task).default_side}
-    loaded = load_core(options.run, **packaged)
+    loaded = load_core(source, **packaged)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))

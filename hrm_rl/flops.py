@@ -8,6 +8,9 @@ What one call of a core's networks takes is what `torch.utils.flop_counter.FlopC
 so that every core is counted by the same rule; segments and updates are put together from calls by hand. Tests hold
 the calls against arithmetic on paper, and segments and updates against the same counter over the real thing.
 
+With core.gradient=implicit a segment is a solver, which calls the networks as often as its numbers ask for, forward and
+backward: nothing is counted then, and whoever asks is refused.
+
 Letters: B slots, P prefix positions, S tokens, T = P + S, D hidden size, V token values. All counts are for one slot;
 a sample is one slot's segment in one training update.
 """
@@ -23,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrm_rl.core import CoreConfig, build_core
+from hrm_rl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,25 @@ class SegmentFlops:
         return self.prefix + self.tail
 
 
+def countable(config: CoreConfig) -> bool:
+    """Whether the calls of a segment are known without its numbers; all counts below raise UserError where not."""
+    return config.gradient != "implicit"
+
+
+def check_countable(config: CoreConfig) -> None:
+    """UserError where `countable` says no."""
+    if not countable(config):
+        raise UserError("core.gradient=implicit: a solver runs the segment, whose calls depend on its numbers, so that "
+                        "its arithmetic cannot be counted")  # fmt: skip
+
+
 @lru_cache(maxsize=64)
 def call_flops(config: CoreConfig) -> tuple[tuple[str, ...], dict[str, int], int]:
     """(the calls of a segment, what each name among them takes, how many of them run without gradient).
 
-    Nothing is computed: the core is built of shapes, without values.
+    Nothing is computed: the core is built of shapes, without values. UserError where they are not `countable`.
     """
+    check_countable(config)
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the form that the counter sees through
         core = build_core(replace(config, dtype="float32"))
         inputs = core.inputs(torch.zeros(1, config.seq_len, dtype=torch.long))

@@ -15,14 +15,10 @@ from agents import Transition
 from agents.q_targets import QLosses
 from envs import Slots
 from hrm_rl.core import RecurrentCore, State
-from hrm_rl.errors import UserError
+from hrm_rl.errors import NonFiniteError
 from hrm_rl.losses import supervised_loss
 from hrm_rl.metrics import Sums
 from hrm_rl.parallel import ALONE, Ranks
-
-
-class NonFiniteError(UserError):
-    """A loss, a gradient or a weight is not a number; training cannot go on."""
 
 
 class FiniteWatch:

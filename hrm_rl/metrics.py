@@ -19,9 +19,10 @@ from hrm_rl.parallel import ALONE, Ranks
 TAGS: dict[str, str] = {
     "loss/total": "What the optimiser minimises, per slot: the weighted sum of the losses below.",
     "loss/supervised": "Cross entropy of the answer: mean over a puzzle's tokens, then over slots.",
-    "loss/q_halt": "Binary cross entropy between q_halt and whether the answer is right, mean over slots.",
-    "loss/q_continue": "Binary cross entropy between q_continue and its bootstrapped target, summed over the "
-    "slots that have one and divided by all slots.",
+    "loss/q_halt": "Binary cross entropy between q_halt and whether the answer is right, mean over slots; of q_variant "
+    "with agent.loss=mse_values or mse_logits half the squared error.",
+    "loss/q_continue": "The same loss between q_continue and its bootstrapped target, summed over the slots that have "
+    "one and divided by all slots.",
     "loss/agent": "Loss of an agent that learns by another rule than Q-targets, as it enters the total.",
     "agent/NAME": "A part of such a loss, under the name that the agent gives it. act: task (expected loss), ponder "
     "(N + R); ponder: task, kl (to the prior, nats); reinforce: policy, baseline (half its squared error), entropy "
@@ -31,7 +32,7 @@ TAGS: dict[str, str] = {
     "halt/mean_steps": "Segments used by the episodes that ended: the unit of compute.",
     "halt/q_halt_accuracy": "Share of ended episodes where the sign of q_halt agrees with being right.",
     "halt/episodes": "Episodes that ended since the last line.",
-    "q/td_error_halt": "Mean |G_halt - sigmoid(q_halt)| over slots.",
+    "q/td_error_halt": "Mean |G_halt - sigmoid(q_halt)| over slots (agent.loss=mse_logits: of q itself).",
     "q/td_error_continue": "Mean |G_continue - sigmoid(q_continue)| over the slots that have a continue target.",
     "q/mean_abs_logit": "Mean |q logit| over slots and both actions; growth without bound is divergence.",
     "q/max_abs_logit": "Largest |q logit| since the last line.",

@@ -124,6 +124,8 @@ def _parser(name: str, description: str, puzzles: int):
     parser.add_argument("run", nargs="?", type=str, default=None, metavar="RUN",
                         help="Run folder, checkpoint folder, model file, or checkpoint of the released HRM; "
                         "nothing: the core that ships.")  # fmt: skip
+    parser.add_argument("--core_kind", type=str, default="",
+                        help="Import path of the core's class, where it is your own (docs/CORES.md).")  # fmt: skip
     parser.add_argument("--puzzles", type=int, default=puzzles, help="Test puzzles to measure on.")
     parser.add_argument("--data", type=str, default="",
                         help=".csv, .csv.gz or hf://owner/name; nothing: the shipped test set.")  # fmt: skip
@@ -136,6 +138,7 @@ def _parser(name: str, description: str, puzzles: int):
 
 def _load(options) -> tuple[RecurrentCore, PuzzleSet, dict]:
     """The core, the puzzles and where the numbers come from."""
+    from hrm_rl.core import find_core
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device
     from hrm_rl.evaluate import in_dtype, task_of
@@ -145,6 +148,8 @@ def _load(options) -> tuple[RecurrentCore, PuzzleSet, dict]:
         if not 1 <= options[name] <= high:
             raise UserError(f"--{name} must be between 1 and {high}, not {options[name]}")
     device = pick_device(options.device)
+    if options.core_kind:
+        find_core(options.core_kind)  # imports it
     loaded = load_core(options.run)
     core = in_dtype(loaded.core, options.dtype).to(device)
     task, side = task_of(loaded)

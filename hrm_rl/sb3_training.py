@@ -33,8 +33,7 @@ from hrm_rl.config import OptimConfig, TrainConfig
 from hrm_rl.core import RecurrentCore
 from hrm_rl.core.io import model_bytes
 from hrm_rl.devices import pick_device
-from hrm_rl.errors import UserError
-from hrm_rl.measure import NonFiniteError
+from hrm_rl.errors import NonFiniteError, UserError
 from hrm_rl.optim import load_state_tensors, state_tensors
 from hrm_rl.parallel import ALONE
 from hrm_rl.tasks import PuzzleSet

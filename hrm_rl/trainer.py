@@ -35,9 +35,9 @@ from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
 from hrm_rl.cuda_graph import Replayed
 from hrm_rl.devices import can_compile
-from hrm_rl.errors import UserError
+from hrm_rl.errors import NonFiniteError, UserError
 from hrm_rl.losses import supervised_loss
-from hrm_rl.measure import FiniteWatch, NonFiniteError
+from hrm_rl.measure import FiniteWatch
 from hrm_rl.metrics import Sums
 from hrm_rl.optim import load_state_tensors, make_optimizers, set_learning_rate, shares_of_bound, state_tensors
 from hrm_rl.parallel import ALONE, Ranks
@@ -45,6 +45,8 @@ from hrm_rl.tasks import PuzzleSet, load_puzzles
 from hrm_rl.tasks.registry import DEFAULT_TASK
 
 PROBE_PUZZLES = 32
+#: How far the gradient reaches: no property of the weights, so a run may ask for another one than the loaded core's.
+_OF_THE_RUN = ("gradient", "gradient_k", "solver", "solver_tol", "solver_steps", "solver_window")
 _BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpoint with a row for each slot
 
 
@@ -59,7 +61,8 @@ def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
             raise UserError(f"init_core: {differs[0]} is {getattr(loaded.config, differs[0])} there, the task needs "
                             f"{getattr(config.core, differs[0])}")  # fmt: skip
         _refuse_other_sizes(config, loaded.config)
-        core = build_core(replace(loaded.config, dtype=config.core.dtype)).to(device)
+        given = {name: getattr(config.core, name) for name in _OF_THE_RUN if _is_given(config, name)}
+        core = build_core(replace(loaded.config, **given, dtype=config.core.dtype)).to(device)
         core.load_state_dict(loaded.state_dict())
         return core
     generator = torch.Generator().manual_seed(config.seed)
@@ -68,11 +71,15 @@ def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
 
 def _refuse_other_sizes(config: TrainConfig, loaded: CoreConfig) -> None:
     """UserError if a setting of the core was given that the loaded core does not have."""
-    usual = small_core()
-    for name in (f.name for f in fields(CoreConfig) if f.name not in ("seq_len", "vocab_size", "dtype")):
+    for name in (f.name for f in fields(CoreConfig) if f.name not in ("seq_len", "vocab_size", "dtype", *_OF_THE_RUN)):
         given = getattr(config.core, name)
-        if given != getattr(usual, name) and given != getattr(loaded, name):
+        if _is_given(config, name) and given != getattr(loaded, name):
             raise UserError(f"core.{name} is {given}, but the core that is loaded has {getattr(loaded, name)}")
+
+
+def _is_given(config: TrainConfig, name: str) -> bool:
+    """Whether that setting of the core differs from the usual one."""
+    return getattr(config.core, name) != getattr(small_core(), name)
 
 
 def user_puzzles(

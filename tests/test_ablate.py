@@ -171,6 +171,28 @@ def test_the_folder_of_another_study_is_refused_by_name(place, monkeypatch, caps
         assert refusal(["small.yaml", "--out", "o"], monkeypatch, capsys).startswith("o/study.json: ")
 
 
+def test_another_core_in_a_folder_is_another_study(place, monkeypatch, capsys):
+    """A run's newest checkpoint, or a checkpoint's model: what the arms begin with is hashed, not where it lies."""
+    monkeypatch.setattr(ablate, "_sweep", lambda *rest: 3)  # as where it is stopped before the first run is done
+    model = Path("begun/checkpoints/step-1/model.safetensors")
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"one core")
+    Path("live.yaml").write_text("kind: train\nseeds: 1\nupdates: 4\nbaseline: {init_core: begun}\n"
+                                 "arms:\n  a: {num_envs: [8]}\n")  # fmt: skip
+    assert run("live.yaml", "--out", "o") == run("live.yaml", "--out", "o") == 3
+    Path("begun/notes.txt").write_text("the same core")
+    assert run("live.yaml", "--out", "o") == 3
+    later = Path("begun/checkpoints/step-2/model.safetensors")
+    later.parent.mkdir()
+    later.write_bytes(b"another core")
+    said = refusal(["live.yaml", "--out", "o"], monkeypatch, capsys)
+    assert said.startswith("o: holds study 'live' with other settings (its begun is 5769")
+    later.write_bytes(b"one core")
+    assert run("live.yaml", "--out", "o") == 3
+    Path("live.yaml").write_text(Path("live.yaml").read_text().replace("begun", "nowhere"))
+    assert refusal(["live.yaml", "--out", "p"], monkeypatch, capsys) == "nowhere: no such file or folder"
+
+
 @pytest.mark.slow
 def test_two_processes_on_one_folder(place, monkeypatch, capsys):
     assert run("small.yaml", "--out", "o") == 0

@@ -16,7 +16,9 @@ from hrm_testing import small_core
 
 from hrm_rl import bench, timing
 from hrm_rl.bench_cores import saved_bytes
-from hrm_rl.core import CORES, HRMCore, build_core
+from hrm_rl.core import CORES, HRMCore, RecurrentCore, build_core
+from hrm_rl.core.io import model_bytes, packaged_core
+from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 from hrm_rl.flops import published_flops, segment_flops, update_flops
 from hrm_rl.timing import CompileGuard, Peak, high_water, interleave, spread, times_in, write_trace
@@ -265,6 +267,16 @@ def test_what_the_command_refuses_before_any_work(flags, message, monkeypatch):
         bench.main(flags)
 
 
+@pytest.mark.parametrize("command", ["train", "cores", "evaluate"])
+def test_a_solver_has_no_arithmetic_to_report(command, tiny, tmp_path):
+    tiny.write_text(tiny.read_text().replace("gradient: auto", "gradient: implicit"))
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(model_bytes(build_core(replace(small_core(), gradient="implicit")), QHead(16)))
+    flags = ["--core", str(model)] if command == "evaluate" else ["--train_config", str(tiny)]
+    with pytest.raises(UserError, match="core.gradient=implicit: .* cannot be counted"):
+        bench.main([command, *flags, "--dtype", "float32", "--compile", "off"])
+
+
 # --- the other commands -------------------------------------------------------------------------------------
 
 
@@ -287,6 +299,12 @@ def test_evaluate_env_and_generate(quick, tmp_path, capsys):
     assert json.loads(out.read_text())["variants"][0]["puzzles_per_second"]["low"] > 0
     printed = capsys.readouterr().out
     assert "learned halt, eager" in printed and "not the core" in printed and "a second on" in printed
+
+
+def test_evaluate_times_the_puzzles_that_the_core_was_made_for(quick, capsys):
+    flags = ["--limit", "4", "--max_steps", "1", "--repeats", "1"]
+    assert bench.main(["evaluate", "--core", str(packaged_core(4, "futoshiki")), *flags]) == 0
+    assert "4 puzzles" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -334,6 +352,23 @@ def test_every_core_has_its_row(tiny, capsys, tmp_path):
         assert re.search(rf"^{kind} +{row['parameters']:,} ", printed, re.MULTILINE)
     assert rows["trm"]["activations"] > rows["recurrent_transformer"]["activations"]  # three calls against one of two
     assert rows["trm"]["calls_with_gradient"] == 3 and rows["recurrent_transformer"]["calls"] == 3
+
+
+@pytest.mark.slow
+def test_cores_are_timed_compiled_where_all_of_it_ran_compiled(tiny, quick, monkeypatch):
+    """direct_transformer has an empty prefix, in which there is nothing to compile."""
+    options = bench.CoresBench(kinds="direct_transformer,trm", train_config=str(tiny), compile="on", dtype="float32",
+                               device="cpu", repeats=1, seconds=0.001)  # fmt: skip
+    assert bench.bench_cores(options)["compiled"]
+    own = RecurrentCore.tail
+
+    def broken(self, tokens, state, puzzle_ids=None):
+        torch._dynamo.graph_break()
+        return own(self, tokens, state, puzzle_ids)
+
+    monkeypatch.setattr(RecurrentCore, "tail", broken)
+    with pytest.raises(UserError, match="not reported, the compiled graph is broken"):
+        bench.bench_cores(options)
 
 
 def test_activations_are_what_autograd_keeps():

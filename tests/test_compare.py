@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from agents import AGENTS, FixedAgent, QHaltingAgent
 from agents.oracle import OracleAgent
 from hrm_rl import compare, comparison, recorded
 from hrm_rl.comparison import Entry, Target
-from hrm_rl.core import HRMCore
-from hrm_rl.core.io import model_bytes, packaged_core
+from hrm_rl.core import HRMCore, build_core
+from hrm_rl.core.io import load_core, model_bytes, packaged_core
 from hrm_rl.errors import UserError
 from hrm_rl.recorded import Recording, Wishes
 from hrm_rl.tasks import load_puzzles
@@ -89,6 +91,16 @@ def test_the_default_table(run, tmp_path):
         assert [line["agent"] for line in csv.DictReader(file)] == list(rows)
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_segments_of_a_solver_have_no_arithmetic(run, tmp_path):
+    loaded, path = load_core(SIX), tmp_path / "implicit.safetensors"
+    core = build_core(replace(loaded.core.config, gradient="implicit", solver="iterate", solver_steps=4))
+    core.load_state_dict(loaded.core.state_dict())
+    path.write_bytes(model_bytes(core, loaded.q_head, loaded.meta))
+    result, text = run("--agents", "q", "--timing", "false", "--max-steps", "6", model=str(path))
+    assert result["flop_per_segment"] is None and {row["gflop_per_puzzle"] for row in result["agents"]} == {None}
+    assert re.search(r"^q@own .* -  +-$", text, re.MULTILINE)  # of GFLOP, and of puzzles/s
 
 
 def test_thresholds_do_not_see_the_test_set(run):

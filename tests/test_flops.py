@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents import FixedAgent, QHaltingAgent
 from agents.q_targets import BOOTSTRAPS
 from hrm_rl.core import CORES, CoreConfig, build_core
-from hrm_rl.flops import call_flops, muon_flops, published_flops, segment_flops, update_flops
+from hrm_rl.errors import UserError
+from hrm_rl.flops import call_flops, countable, muon_flops, published_flops, segment_flops, update_flops
 
 SLOTS = 4  # of `small_trainer`
 
@@ -128,6 +129,21 @@ def test_the_counts_differ_where_they_should():
     for wrong in (("lookahead", "joint"), ("none", "both")):
         with pytest.raises(ValueError, match=re.escape(repr(wrong[0] if wrong[0] == "lookahead" else wrong[1]))):
             update_flops(core, *wrong)
+
+
+def test_a_solver_is_not_counted():
+    """Its calls depend on the numbers: PyTorch counts another arithmetic where only the tolerance is another one."""
+    config = small_core(gradient="implicit", solver="iterate", H_cycles=2, L_cycles=3)
+    counts = set()
+    for tol in (0.5, 1e-6):
+        core = build_core(replace(config, solver_tol=tol), torch.Generator().manual_seed(0))
+        counts.add(counted(core.prefix, torch.ones(3, 16, dtype=torch.long), core.initial_state(3)))
+    assert len(counts) == 2
+    assert countable(replace(config, gradient="full")) and not countable(config)
+    for count in (call_flops, segment_flops, published_flops, lambda core: update_flops(core, "none")):
+        count(replace(config, gradient="one_step"))
+        with pytest.raises(UserError, match="core.gradient=implicit: a solver runs the segment"):
+            count(config)
 
 
 def test_muon_counts_what_pytorch_counts():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from hrm_testing import small_config, small_trainer
+from hrm_testing import small_config, small_core, small_puzzles, small_trainer
 
-from agents import HaltingAgent, make_agent
+from agents import HaltingAgent, QHaltingAgent, make_agent
 from hrm_rl import cli
 from hrm_rl.config import TrainConfig
 from hrm_rl.core import CoreConfig, HRMCore
+from hrm_rl.core.io import model_bytes
 from hrm_rl.errors import UserError
 from hrm_rl.trainer import Trainer, make_core, user_puzzles
 
@@ -58,6 +60,26 @@ def test_a_setting_the_loaded_core_does_not_have():
     config = TrainConfig.from_values({"objective": "q", "core": {"hidden_size": 60, "dtype": "float32"}})
     with pytest.raises(UserError, match="core.hidden_size is 60, but the core that is loaded has 96"):
         make_core(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, {"gradient": "last_k", "gradient_k": 3}), ({"gradient": "full"}, {"gradient": "full", "gradient_k": 3}),
+     ({"gradient_k": 5}, {"gradient": "last_k", "gradient_k": 5}),
+     ({"gradient": "implicit", "solver": "iterate", "solver_tol": 0.5, "solver_steps": 7, "solver_window": 3},) * 2],
+)  # fmt: skip
+def test_how_far_the_gradient_reaches_is_the_runs_own(given, found, tmp_path):
+    """Where it is named, else the loaded core's; the weights are the same, and what runs is written down."""
+    core, path = HRMCore(small_core(gradient="last_k", gradient_k=3)), tmp_path / "model.safetensors"
+    path.write_bytes(model_bytes(core, None))
+    values = {"size": 4, "init_core": str(path), "core": {"dtype": "float32", **given}, "device": "cpu",
+              "compile": "off"}  # fmt: skip
+    trainer = Trainer(TrainConfig.from_values(values), QHaltingAgent, puzzles=small_puzzles(4),
+                      test_puzzles=small_puzzles(4))  # fmt: skip
+    assert trainer.core.config == trainer.config.core == replace(core.config, **found)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.core.parameters(), core.parameters(), strict=True))
+    again = TrainConfig.from_values(trainer.config.to_values())  # as --resume and --config read it
+    assert make_core(again, torch.device("cpu")).config == trainer.core.config
 
 
 def test_the_configuration_written_down_is_the_core_that_runs():

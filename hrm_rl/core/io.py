@@ -22,9 +22,10 @@ from hrm_rl.core.config import CoreConfig
 from hrm_rl.core.q_head import QHead
 from hrm_rl.core.recurrent import RecurrentCore
 from hrm_rl.core.registry import build_core, known_core
-from hrm_rl.core.released_file import is_released, read_released
+from hrm_rl.core.released_file import CHECKPOINT_FILE, CONFIG_FILE, is_released, read_released
 from hrm_rl.devices import pick_dtype
 from hrm_rl.errors import UserError
+from hrm_rl.hub import fetch, on_hub
 from hrm_rl.settings import check_settings, fits, shortened
 
 FORMAT = "hrm_rl.model.v1"
@@ -56,7 +57,13 @@ def packaged_core(size: int = 9, task: str = "sudoku") -> Path:
 
 
 def find_model(source: str | Path) -> Path:
-    """The model file behind a path: the file itself, a checkpoint folder, or a run's newest checkpoint."""
+    """The model file behind a path: the file itself, a checkpoint folder, or a run's newest checkpoint.
+
+    hf://owner/name is a repository of the Hub with the release's two files, which are fetched; UserError if not.
+    """
+    if hub := on_hub(source):
+        fetch(hub, CONFIG_FILE, "model")  # which lies beside the other one in the client's cache
+        return fetch(hub, CHECKPOINT_FILE, "model")
     path = Path(source)
     try:
         if path.is_file():
@@ -159,7 +166,7 @@ def load_core(
     source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9, task: str = "sudoku"
 ) -> LoadedCore:
     """Read a core. source: None (the packaged one), a run folder, a checkpoint folder, a model file, or a
-    checkpoint of the released HRM (`core/released_file.py`).
+    checkpoint of the released HRM (`core/released_file.py`), on this machine or as hf://owner/name on the Hub.
 
     It computes in the dtype it was trained in, or in float32 where the hardware does not multiply bfloat16.
     Raises UserError for a missing, damaged or foreign file, naming the first tensor that does not fit, and for a core

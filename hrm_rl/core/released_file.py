@@ -1,8 +1,12 @@
 """Reads a checkpoint of the released HRM code: a torch.save'd state dict `step_N`, beside an `all_config.yaml`.
 
+On the Hub the two are called `checkpoint` and `all_config.yaml`.
+
 The archive is looked through before torch opens it, and torch loads weights only: nothing in the file is ever run.
 Sizes come from the shapes; what shapes do not show (heads, cycles, the budget) from all_config.yaml, or, for the
-published size, from the published configuration.
+published size, from the published configuration. How many tokens a puzzle has stands in neither, since the release
+reads it from the data set: it follows from the name of that (`data_path: data/maze-30x30-hard-1k`), or from the number
+of token values where only one task has so many.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ from hrm_rl.tasks.geometry import BOXES
 from hrm_rl.yaml_files import load_plain
 
 CONFIG_FILE = "all_config.yaml"
+CHECKPOINT_FILE = "checkpoint"  # on the Hub
 PUBLISHED = {"hidden_size": 512, "num_heads": 8, "H_cycles": 2, "L_cycles": 2, "halt_max_steps": 16}
+#: Token values -> tokens of a Sudoku; one of 4x4 has as many values as a maze of any size, so they say nothing of it.
+SUDOKUS = {side + 2: side**2 for side in BOXES if side != 4}
 _LARGEST_INDEX = 1 << 24  # bytes of data.pkl, which holds names and shapes only
 _MOST_MEMBERS = 100_000
 
@@ -44,8 +51,8 @@ def read_released(path: Path) -> tuple[CoreConfig, dict, dict[str, Tensor], dict
         core, q_head = from_released(tensors)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]}") from None
-    arch = _arch(path.parent / CONFIG_FILE)
-    return _config(path, core, arch), _meta(path, arch), core, q_head
+    arch, data = _settings(path.parent / CONFIG_FILE)
+    return _config(path, core, arch, data), _meta(path, arch), core, q_head
 
 
 def _check_archive(path: Path) -> None:
@@ -94,10 +101,10 @@ def _load(path: Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def _arch(path: Path) -> dict:
-    """What stands under `arch:` of all_config.yaml; {} where no such file lies there."""
+def _settings(path: Path) -> tuple[dict, str]:
+    """What stands under `arch:` and `data_path:` of all_config.yaml; nothing where no such file lies there."""
     if not path.exists():
-        return {}
+        return {}, ""
     values = load_plain(path)
     arch = values.get("arch") if isinstance(values, dict) else None
     if not isinstance(arch, dict):
@@ -109,10 +116,21 @@ def _arch(path: Path) -> dict:
     for name, kind in wanted.items():
         if name in arch and not fits(kind, arch[name]):
             raise UserError(f"{path}: arch.{name} must be {kind.__name__}, not {arch[name]!r}")
-    return arch
+    data = values.get("data_path") or ""
+    if not fits(str, data):
+        raise UserError(f"{path}: data_path must be str, not {data!r}")
+    return arch, data
 
 
-def _config(path: Path, core: Mapping[str, Tensor], arch: dict) -> CoreConfig:
+def _tokens(vocab: int, data: str) -> int:
+    """Tokens of a puzzle: by the size in the data set's name, else of a Sudoku with so many values; 0: not known."""
+    size = re.search(r"(?<!\d)(\d{1,2})x(\d{1,2})(?!\d)", PurePosixPath(data).name)
+    if size:
+        return int(size[1]) * int(size[2])
+    return SUDOKUS.get(vocab, 0)
+
+
+def _config(path: Path, core: Mapping[str, Tensor], arch: dict, data: str) -> CoreConfig:
     """The configuration that the shapes show, filled up from `arch`; the two must agree."""
 
     def shape(name: str, axes: int = 2) -> tuple[int, ...]:
@@ -135,14 +153,16 @@ def _config(path: Path, core: Mapping[str, Tensor], arch: dict) -> CoreConfig:
 
     vocab, hidden = shape("embed_tokens.embedding_weight")
     identifiers, width = shape("puzzle_emb.weights") if "puzzle_emb.weights" in core else (1, 0)
+    counts = {name: asked(name) for name in ("num_heads", "H_cycles", "L_cycles")}
     learned = "embed_pos.embedding_weight" in core
     prefix = -(-width // max(hidden, 1))
     if learned:
         tokens = shape("embed_pos.embedding_weight")[0] - prefix
     else:
-        tokens = arch.get("seq_len", (vocab - 2) ** 2 if vocab - 2 in BOXES else 0)
+        tokens = arch.get("seq_len", _tokens(vocab, data))
         if tokens < 1:
-            raise UserError(f"{path}: seq_len does not show in the weights; add it under arch: of {CONFIG_FILE}")
+            raise UserError(f"{path}: seq_len (tokens of a puzzle) does not show in the weights; add it under arch: of "
+                            f"the {CONFIG_FILE} beside it")  # fmt: skip
     inner = shape("L_level.layers.0.mlp.down_proj.weight")[1]
     expansion, multiple = float(arch.get("expansion", CoreConfig.expansion)), 256
     if swiglu_width(hidden, expansion, multiple) != inner:
@@ -160,9 +180,8 @@ def _config(path: Path, core: Mapping[str, Tensor], arch: dict) -> CoreConfig:
     known = {name: float(arch[name]) for name in ("rope_theta", "rms_norm_eps") if name in arch}
     try:
         return CoreConfig(
-            **found, **known, num_heads=asked("num_heads"), H_cycles=asked("H_cycles"), L_cycles=asked("L_cycles"),
-            expansion=expansion, inner_multiple=multiple, positions="learned" if learned else "rope",
-            num_puzzle_identifiers=identifiers, dtype=dtype,
+            **found, **known, **counts, expansion=expansion, inner_multiple=multiple,
+            positions="learned" if learned else "rope", num_puzzle_identifiers=identifiers, dtype=dtype,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

@@ -24,7 +24,7 @@ class Cost:
     """Of an arm, whatever it learns."""
 
     parameters: int  # of the core
-    segment: int  # floating-point operations of one segment of one puzzle, forward
+    segment: float  # floating-point operations of one segment of one puzzle, forward; NaN: not known beforehand
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class CostRow:
     finals: tuple[float, ...]  # every seed's accuracy
     mean_steps: Interval
     parameters: int
-    flops_per_segment: int  # of one puzzle, forward
+    flops_per_segment: float  # of one puzzle, forward; NaN where a solver decides
     seconds: tuple[float, ...]  # of training, every seed's
 
     @property
     def flops(self) -> float:
-        """Of a puzzle up to its learned halt; NaN where no run has one."""
+        """Of a puzzle up to its learned halt; NaN where no run has one, or a segment's are not known."""
         return self.flops_per_segment * self.mean_steps.value
 
 
@@ -49,7 +49,7 @@ def cost_of(values: Mapping[str, Any]) -> Cost:
     """Parameters and arithmetic of an arm by its settings. UserError as training would raise it."""
     from hrm_rl.core import build_core
     from hrm_rl.core.io import load_core
-    from hrm_rl.flops import segment_flops
+    from hrm_rl.flops import countable, segment_flops
     from hrm_rl.study.spec import train_settings
 
     config, _, _ = train_settings(values)
@@ -58,7 +58,8 @@ def cost_of(values: Mapping[str, Any]) -> Cost:
         core = load_core(config.init_core, "cpu", size=config.size, task=config.task).core.config
     with torch.device("meta"):
         built = build_core(replace(core, dtype="float32"))
-    return Cost(sum(p.numel() for p in built.parameters()), segment_flops(core).forward)
+    parameters = sum(p.numel() for p in built.parameters())
+    return Cost(parameters, segment_flops(core).forward if countable(core) else math.nan)
 
 
 def cost_rows(info: StudyInfo, results: Sequence[RunResult]) -> list[CostRow]:
@@ -86,13 +87,18 @@ def text(rows: Sequence[CostRow]) -> str:
     for row in rows:
         lines.append(
             f"{row.arm:<{width}}  {in_percent(row.accuracy):>22}  {each(row.finals):<{spread}}  "
-            f"{row.mean_steps.value:>5.2f}  {row.parameters:>11,}  {row.flops / MEGA:>12,.0f}  {minutes(row):>12}"
+            f"{_number(row.mean_steps.value, '.2f'):>5}  {row.parameters:>11,}  {_number(row.flops / MEGA, ',.0f'):>12}  "
+            f"{minutes(row):>12}"
         )
     lines.append(
         "accuracy at the learned halt with a 95 % interval over seeds and puzzles, then each seed's; MFLOP: matrix "
         "products of a puzzle\nup to its halt; minutes of training, from the fastest to the slowest seed"
     )
     return "\n".join(lines)
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
 
 
 def in_percent(interval: Interval) -> str:
@@ -114,7 +120,7 @@ def minutes(row: CostRow) -> str:
     return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
 
 
-def step_curves(runs: Sequence[RunResult], segment: int) -> tuple[list[float], list[float]]:
+def step_curves(runs: Sequence[RunResult], segment: float) -> tuple[list[float], list[float]]:
     """(MFLOP, accuracy) of halting every puzzle at segment 1, 2, ..., mean over the runs that were measured."""
     held = [run.by_step["accuracy"][-1].double() for run in runs if len(run.by_step.get("accuracy", ()))]
     if not held or len({len(row) for row in held}) > 1:

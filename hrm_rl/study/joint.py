@@ -30,8 +30,7 @@ from torch import Tensor
 
 from hrm_rl import evaluation, recorded, scoring
 from hrm_rl.checkpoint import list_checkpoints, load_newest, lock_run, write_atomically
-from hrm_rl.errors import UserError
-from hrm_rl.measure import NonFiniteError
+from hrm_rl.errors import NonFiniteError, UserError
 from hrm_rl.parallel import ALONE
 from hrm_rl.study.results import RunResult
 from hrm_rl.study.spec import Study, find_agent_class, train_settings
@@ -76,7 +75,7 @@ def run(
     out: str, folder: str, name: str, seed: int, values: dict[str, Any], changes: dict[str, Any], kind: str,
     updates: int, checkpoints: int, probe: int, device: str, fresh: bool,
 ) -> list[RunResult]:  # fmt: skip
-    """Train one (arm, seed) to its end, or on to it. A loss that is not finite is a result (diverged)."""
+    """Train one (arm, seed) to its end, or on to it. What is not finite any more is a result (diverged)."""
     began = time.perf_counter()
     runs, logs = Path(out) / "runs", Path(out) / "logs"
     for path in (runs, logs):
@@ -95,11 +94,10 @@ def run(
         try:
             session.go(config, find_agent_class(agent), arguments, fresh)
         except UserError as error:
-            # An agent meets weights that are not finite before the loss does, and its scores are refused.
-            lost = isinstance(error.__cause__, NonFiniteError)
-            if not lost and "there is a NaN in it" not in str(error):
+            lost = error if isinstance(error, NonFiniteError) else error.__cause__  # of what hrm_rl.train says of it
+            if not isinstance(lost, NonFiniteError):
                 raise
-            status, reason = "diverged", str(error.__cause__ if lost else error)
+            status, reason = "diverged", str(lost)
     found = read_measures(runs / folder / "measures")
     ends = session.ends if status == "finished" else {}
     live = config.objective != "q"

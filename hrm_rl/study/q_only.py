@@ -63,7 +63,9 @@ def tasks(study: Study, runs: Sequence[Run], width: int, device: str, cache: Pat
     """Batches of learners that train together, of the runs that are asked for. width: of the q-token.
 
     The batches are those of the whole study, whatever is done of it already: a sweep that was stopped goes on with the
-    batches it would have had, and so with the same numbers.
+    batches it would have had, and so with the same numbers. Where others train together (seeds added later, some arms
+    alone, failed runs again, a batch in halves) a learner draws the same still, since its random streams are its own,
+    but sums over another batch may be rounded in another way, and an arm that is unstable enlarges such differences.
     """
     from hrm_rl.study.learners import groups
 

@@ -237,7 +237,14 @@ class _Worker:
 
 
 def _begin_worker(pipe, threads: int) -> None:
-    """In the worker: leave when the pipe's other end closes, which it does however the parent ends."""
+    """In the worker: leave when the pipe's other end closes, which it does however the parent ends.
+
+    It leaves at once and cleans nothing up. So its progress bars get a lock of this process alone: tqdm's own is a
+    semaphore of the system, left behind, of which Python warned when the sweep was done.
+    """
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
     def leave_with_parent() -> None:
         with contextlib.suppress(EOFError, OSError):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hrm_rl.errors import UserError, nearest
+from hrm_rl.hub import fetch, on_hub
 from hrm_rl.tasks.csv_io import Rows, read_csv
 from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, Task, check_side, get_task, task_class
 
@@ -108,8 +107,8 @@ def load_puzzles(
     named = _named(text, task)
     if side is not None:
         check_side(task_class(named[0] if named else task or DEFAULT_TASK).sides, side)
-    if text.startswith("hf:/"):  # a Path turns // into /
-        path = _from_hub("hf://" + text[3:].lstrip("/"), split)
+    if hub := on_hub(source):
+        path = fetch(hub, f"{split}.csv", "dataset")
     elif text.endswith((".csv", ".csv.gz")):
         path = Path(text).expanduser()
     elif named is not None:
@@ -183,43 +182,3 @@ def shared_puzzles(train: PuzzleSet, test: PuzzleSet) -> str | None:
     if not said:
         return None
     return f"{test.name}: {' and '.join(said)} stand in {train.name} as well, so the report is not of unseen puzzles"
-
-
-def _from_hub(source: str, split: str) -> Path:
-    repo = source.removeprefix("hf://")
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise UserError(f"{source}: must read hf://owner/name")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise UserError(f"{source}: needs huggingface_hub (pip install huggingface_hub)") from None
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx", "urllib3", "requests")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:  # retries and warnings: the one line below says it all
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Path(hf_hub_download(repo_id=repo, filename=f"{split}.csv", repo_type="dataset"))
-    except Exception as error:  # the Hub client has no common base for wrong names, no access and no network
-        raise UserError(f"{source}: cannot fetch {split}.csv ({_hub_reason(error)})") from None
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _hub_reason(error: Exception) -> str:
-    """In a few words why the Hub gave nothing."""
-    kinds = {
-        "EntryNotFoundError": "the dataset holds no such file", "GatedRepoError": "it needs a login",
-        "RepositoryNotFoundError": "no such dataset, or it needs a login",
-        "HFValidationError": "no name of the Hub",
-    }  # fmt: skip
-    chain, seen = error, []
-    while chain is not None and len(seen) < 8:
-        seen.append(type(chain).__name__)
-        chain = chain.__cause__ or chain.__context__
-    for name in seen:
-        if name in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "Connect" in name or "Timeout" in name:
-            return "the Hub cannot be reached, and no copy lies in the cache"
-    return next((kinds[name] for name in seen if name in kinds), " ".join(f"{seen[0]}: {error}".split())[:120])

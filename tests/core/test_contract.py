@@ -11,7 +11,7 @@ import torch
 from hrm_testing import ROOT, small_core, small_puzzles, small_trainer
 
 from agents.q_targets import BOOTSTRAPS
-from hrm_rl import evaluate
+from hrm_rl import compare, evaluate
 from hrm_rl.core import CORES, Core, RecurrentCore, State, build_core, find_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
@@ -149,6 +149,28 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path, capsys):
     flags = ["--limit", "8", "--ensemble", "best", "--copies", "2", "--device", "cpu", "--dtype", "float32"]
     assert evaluate.main([str(path), *flags]) == 0
     assert "learned, at most 3" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # each is trained until it solves something: there is nothing to calibrate on before
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_are_compared_on_it(kind, tmp_path, capsys):
+    puzzles, validation, test = small_puzzles(32, blanks=2), tmp_path / "first.csv", tmp_path / "second.csv"
+    seen = {tuple(grid) for grid in puzzles.answers[:16].tolist()}
+    unseen = [row for row, grid in enumerate(puzzles.answers.tolist()) if tuple(grid) not in seen]
+    for file, part in zip((validation, test), (range(16), unseen), strict=True):
+        digits = [["".join(str(token - 1) for token in grid) for grid in grids.tolist()]
+                  for grids in (puzzles.questions, puzzles.answers)]  # fmt: skip
+        lines = (f"test,{digits[0][row]},{digits[1][row]},0\n" for row in part)
+        file.write_text("source,question,answer,rating\n" + "".join(lines))
+    trainer = small_trainer(core=make(kind), puzzles=puzzles, augment=False, optim={"lr": 5e-3, "weight_decay": 0.0})
+    for _ in range(400):
+        trainer.update()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(trainer.model())
+    flags = ["--data", str(test), "--validation", str(validation), "--agents", "q", "confidence", "--timing", "false",
+             "--resamples", "50", "--cache", "off", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    assert compare.main([str(path), *flags, "--out", str(tmp_path)]) == 0
+    assert "confidence" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)

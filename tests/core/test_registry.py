@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -15,9 +16,10 @@ from hrm_testing import ROOT, small_core, small_puzzles
 from safetensors import safe_open
 from safetensors.torch import save
 
-from hrm_rl import bench, evaluate, train
+from hrm_rl import bench, evaluate, figures, train
 from hrm_rl.core import CORES, HRMCore, RecurrentCore, build_core, find_core, known_core
 from hrm_rl.core.io import load_core, model_bytes
+from hrm_rl.core.q_head import QHead
 from hrm_rl.errors import UserError
 
 PAGE = (ROOT / "docs" / "CORES.md").read_text(encoding="utf-8")
@@ -77,6 +79,22 @@ def test_a_core_of_ones_own_from_its_file_to_the_report(users_folder, capsys):
 
     envs = gym.make_vec("SudokuHalt-v0", num_envs=2, core="runs/mine")
     assert type(envs.unwrapped.engine.core) is my_core.DampedCore
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [(bench.main, ["evaluate", "--repeats", "1", "--limit", "8", "--core"]),
+     (figures.main, ["residuals", "--puzzles", "8", "--max-steps", "2"])],
+)  # fmt: skip
+def test_other_commands_take_a_core_of_ones_own(users_folder, main, words, monkeypatch):
+    monkeypatch.setattr(bench, "Peak", functools.partial(bench.Peak, sizes=(32,)))
+    core, head = find_core(KIND)(small_core(), torch.Generator().manual_seed(0)), QHead(16)
+    (users_folder / "model.safetensors").write_bytes(model_bytes(core, head, {"max_steps": 2}))
+    words = [*words, "model.safetensors", "--device", "cpu", "--dtype", "float32"]
+    forget()
+    with pytest.raises(UserError, match="no model file makes us import code: name it"):
+        main(words)
+    assert main([*words, "--core-kind", KIND]) == 0
 
 
 def test_the_commands_of_the_page_have_these_flags():

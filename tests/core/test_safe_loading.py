@@ -7,8 +7,11 @@ import json
 import os
 import pickle
 import struct
+import sys
+import types
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from hrm_rl.core.q_head import QHead
 from hrm_rl.core.released import from_released, to_released
 from hrm_rl.errors import UserError
 from hrm_rl.tasks import load_puzzles
+from hrm_rl.tasks.maze import CHARACTERS, Maze, MazeSpec
 
 ARCH = {
     "name": "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1", "H_cycles": 2, "L_cycles": 2, "H_layers": 2,
@@ -30,13 +34,17 @@ ARCH = {
 }  # fmt: skip
 
 
-def released_file(folder, tensors=None, arch=ARCH, name="step_26040"):
+SUDOKU, MAZE = "hf://sapientinc/HRM-checkpoint-sudoku-extreme", "hf://sapientinc/HRM-checkpoint-maze-30x30-hard"
+
+
+def released_file(folder, tensors=None, arch=ARCH, name="step_26040", data="data/sudoku-4x4"):
     """A released checkpoint with the golden weights, named as the release names it."""
     tensors = golden("weights_tiny") if tensors is None else tensors
     named = {f"_orig_mod.model.{key}": value for key, value in tensors.items()}
     torch.save(named, folder / name)
     if arch is not None:
-        (folder / "all_config.yaml").write_text(yaml.safe_dump({"arch": arch, "epochs": 3, "lr": 1e-4}))
+        settings = {"arch": arch, "epochs": 3, "lr": 1e-4} | ({"data_path": data} if data else {})
+        (folder / "all_config.yaml").write_text(yaml.safe_dump(settings))
     return folder / name
 
 
@@ -108,6 +116,106 @@ def test_the_commands_take_it(tmp_path, capsys, monkeypatch):
              *(f"--core.{name}={value}" for name, value in sizes.items())]  # fmt: skip
     assert train.main(flags) == 0 and (tmp_path / "runs" / "r" / "report.json").exists()
     assert len(load_puzzles("sudoku-4", split="test", limit=8)) == 8
+
+
+# --- mazes, and the Hub -----------------------------------------------------------------------------------------
+
+
+def tiny(vocab_size: int, seq_len: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The released names and values of a tiny HRM for other puzzles."""
+    generator = torch.Generator().manual_seed(seed)
+    core, head = HRMCore(tiny_config(vocab_size=vocab_size, seq_len=seq_len), generator), QHead(32)
+    return {name.removeprefix("model."): value
+            for name, value in to_released(core.state_dict(), head.state_dict(), "model.inner.").items()}  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of two model repositories as the public ones are laid out, and of one data set; notes what is asked for."""
+    asked = []
+    for source, vocab, tokens, data in ((SUDOKU, 11, 81, "data/sudoku-extreme-1k-aug-1000"),
+                                        (MAZE, 6, 900, "data/maze-30x30-hard-1k")):  # fmt: skip
+        folder = tmp_path / source.removeprefix("hf://")
+        folder.mkdir(parents=True)
+        arch = {name: value for name, value in ARCH.items() if name != "forward_dtype"}
+        released_file(folder, tiny(vocab, tokens), arch | {"halt_max_steps": 2}, "checkpoint", data)
+    mazes = Maze.generate(MazeSpec(side=30, count=3, min_length=60, seed=5))
+    folder = tmp_path / "sapientinc" / "maze-30x30-hard-1k"
+    folder.mkdir()
+    lines = [",".join(("maze", *("".join(CHARACTERS[place] for place in grid) for grid in pair), "60"))
+             for pair in zip(mazes.questions, mazes.answers, strict=True)]  # fmt: skip
+    (folder / "test.csv").write_text("\n".join(("source,question,answer,rating", *lines)) + "\n")
+
+    def download(repo_id, filename, repo_type):
+        asked.append((repo_id, filename, repo_type))
+        return str(tmp_path / repo_id / filename)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
+    return asked
+
+
+def test_the_released_maze_checkpoint(hub, tmp_path, capsys):
+    """30x30: the size stands in neither the weights nor the architecture, but in the name of its data."""
+    out = tmp_path / "report.json"
+    words = ["--core", MAZE, "--data", "hf://sapientinc/maze-30x30-hard-1k", "--device", "cpu", "--dtype", "float32",
+             "--batch-size", "3"]  # fmt: skip
+    assert evaluate.main([*words, "--out", str(out)]) == 0
+    repo, data = MAZE.removeprefix("hf://"), "sapientinc/maze-30x30-hard-1k"
+    assert hub == [(repo, "all_config.yaml", "model"), (repo, "checkpoint", "model"), (data, "test.csv", "dataset")]
+    report = json.loads(out.read_text())
+    assert report["test"].startswith("hf://sapientinc/maze-30x30-hard-1k") and report["trained_with_max_steps"] == 2
+    assert report["puzzles"] == 3 and "learned, at most 2" in capsys.readouterr().out
+    loaded = load_core(MAZE)
+    assert (loaded.core.config.seq_len, loaded.core.config.vocab_size, loaded.core.num_positions) == (900, 6, 901)
+    assert evaluate.task_of(loaded) == ("maze", 30)
+    assert torch.equal(loaded.core.lm_head.weight, tiny(6, 900)["inner.lm_head.weight"])
+
+
+def test_the_released_sudoku_checkpoint(hub, capsys):
+    assert evaluate.main([SUDOKU, "--limit", "4", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert "sudoku-9 (test)" in capsys.readouterr().out
+    assert evaluate.task_of(load_core(Path(SUDOKU))) == ("sudoku", 9)  # a Path loses a slash
+    with pytest.raises(UserError, match="say once what to evaluate"):
+        evaluate.main([SUDOKU, "--core", MAZE])
+
+
+@pytest.mark.parametrize(
+    ("values", "data", "arch", "tokens"),
+    [(6, "data/maze-30x30-hard-1k", {}, 900), (6, "data/maze-30x30-hard-1k/", {}, 900), (6, "my/4x4", {}, 16),
+     (6, "", {}, 0), (6, "data/maze-hard", {}, 0), (6, "30x30/mazes", {}, 0), (6, "", {"seq_len": 100}, 100),
+     (6, "data/maze-30x30-hard-1k", {"seq_len": 100}, 100), (11, "", {}, 81), (11, "data/sudoku-1024x1024", {}, 81),
+     (8, "", {}, 36), (12, "data/arc-aug-1000", {}, 0)],
+)  # fmt: skip
+def test_how_many_tokens_a_released_puzzle_has(tmp_path, values, data, arch, tokens):
+    path = released_file(tmp_path, tiny(values, 4), ARCH | arch, data=data)
+    if tokens:
+        assert load_core(path).core.config.seq_len == tokens
+    else:
+        assert "seq_len (tokens of a puzzle) does not show in the weights; add it under arch:" in refused(path)
+
+
+def test_a_hub_that_gives_nothing_is_one_line(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    errors = pytest.importorskip("huggingface_hub.errors")
+
+    def said(error: Exception, source: str = MAZE) -> str:
+        def download(**_):
+            raise error
+
+        monkeypatch.setattr(hub, "hf_hub_download", download)
+        with pytest.raises(UserError) as refusal:
+            evaluate.main(["--core", source])
+        return str(refusal.value)
+
+    offline = errors.LocalEntryNotFoundError("cannot reach\nthe hub")
+    reason = "the Hub cannot be reached, and no copy lies in the cache"
+    assert said(offline) == f"{MAZE}: cannot fetch all_config.yaml ({reason})"
+    assert said(offline, "hf://checkpoint") == "hf://checkpoint: must read hf://owner/name"
+    missing = errors.EntryNotFoundError("404")
+    assert said(missing) == f"{MAZE}: cannot fetch all_config.yaml (the model holds no such file)"
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="needs huggingface_hub"):
+        load_core(MAZE)
 
 
 class Hostile:
@@ -206,6 +314,8 @@ def test_state_dicts_that_do_not_fit(tmp_path):
     assert "hidden_size is 32 in the weights and 64" in said(lambda t: None, ARCH | {"hidden_size": 64})
     with pytest.raises(UserError, match="arch.num_heads must be int, not 'x'"):
         load_core(released_file(tmp_path, None, ARCH | {"num_heads": "x"}))
+    with pytest.raises(UserError, match="data_path must be str, not 3"):
+        load_core(released_file(tmp_path, data=3))
     (tmp_path / "all_config.yaml").write_text("arch: !!python/object/apply:os.system [ls]\n")
     with pytest.raises(UserError, match="all_config.yaml:1: tag .* is refused"):
         load_core(tmp_path / "step_26040")

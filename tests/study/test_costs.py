@@ -87,6 +87,16 @@ def test_the_table_says_it(study):
     assert len({len(line) for line in words[:4]}) == 1
 
 
+def test_a_solver_has_no_count(tmp_path):
+    (tmp_path / "s.yaml").write_text(YAML.replace("{kind: direct_transformer}", "{gradient: implicit}").replace(
+        "  - {name: wild}\n", ""))  # fmt: skip
+    study = spec.load_study(tmp_path / "s.yaml")
+    rows = costs.cost_rows(info(study), results()[:4])
+    assert math.isnan(rows[1].flops) and rows[1].parameters == rows[0].parameters
+    assert costs.text(rows).splitlines()[2].split()[-2] == "-"
+    write_report(tmp_path / "out", info(study), results()[:4])
+
+
 def test_curves_of_fixed_segments(study):
     flops, accuracy = costs.step_curves(results()[:2], 2_000_000)
     assert flops == [2, 4, 6, 8] and accuracy == pytest.approx([0.1, 0.2, 0.3, 0.4])

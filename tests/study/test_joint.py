@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hrm_rl.checkpoint import list_checkpoints
-from hrm_rl.measure import NonFiniteError
+from hrm_rl.errors import NonFiniteError, UserError
 from hrm_rl.metrics import read_metrics
 from hrm_rl.study import joint, spec
 from hrm_rl.study.results import save_results
@@ -143,6 +143,28 @@ def test_a_loss_that_is_not_finite_is_a_result(tmp_path, seen, monkeypatch):
     assert (result.status, result.reason) == ("diverged", "update 5: loss/total is nan")
     assert result.updates.tolist() == [0, 3] and len(result.metrics["weight"]) == 2
     assert result.right is None and result.changes == {"optim.lr": 1.0}
+
+
+def test_an_agent_that_meets_the_nan_first_is_a_result_too(tmp_path, seen, monkeypatch):
+    """By the type of the error: the same words of another one are the failure they are."""
+    own = Trainer.update
+
+    def update(self, *arguments, **keywords):
+        if self.step == 4:
+            torch.nn.init.constant_(self.agent.q_head.weight, float("nan"))
+        return own(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    result = do(study(tmp_path), tmp_path, "wild")
+    assert result.status == "diverged" and result.updates.tolist() == [0, 3] and result.right is None
+    assert result.reason == "agent QHaltingAgent, update 5: score() must return numbers, but there is a NaN in it"
+
+    def other(self, *arguments, **keywords):
+        raise UserError("agent QHaltingAgent, update 1: there is a NaN in it")
+
+    monkeypatch.setattr(Trainer, "update", other)
+    with pytest.raises(UserError, match="update 1"):
+        do(study(tmp_path), tmp_path, "baseline")
 
 
 @pytest.mark.slow

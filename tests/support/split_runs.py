@@ -14,7 +14,8 @@ from hrm_testing import lively_trainer, small_puzzles, small_trainer
 
 from agents import AgentLoss, FixedAgent, HaltingAgent
 from agents.q_variant import QVariantAgent
-from hrm_rl.measure import FiniteWatch, NonFiniteError
+from hrm_rl.errors import NonFiniteError
+from hrm_rl.measure import FiniteWatch
 from hrm_rl.parallel import Ranks, joined
 
 UPDATES, EVERY = 9, 3

@@ -36,8 +36,11 @@ def result(arm: str, seed: int, updates: int = 4, status: str = "finished", **mo
 
 def work(runs: Sequence, seconds: float = 0.0, told: str = "", progress=None) -> list[RunResult]:
     """A task: a result for each of `runs` after a while. told: raise, kill, exit, wrong or memory."""
+    from tqdm import tqdm
+
     half = seconds / 2
-    time.sleep(half)
+    with tqdm(total=1, disable=True):  # as a run of hrm_rl.train has one
+        time.sleep(half)
     if progress is not None:
         progress(1)
     time.sleep(half)
