@@ -87,8 +87,8 @@ def text(rows: Sequence[CostRow]) -> str:
     for row in rows:
         lines.append(
             f"{row.arm:<{width}}  {in_percent(row.accuracy):>22}  {each(row.finals):<{spread}}  "
-            f"{_number(row.mean_steps.value, '.2f'):>5}  {row.parameters:>11,}  {_number(row.flops / MEGA, ',.0f'):>12}  "
-            f"{minutes(row):>12}"
+            f"{_number(row.mean_steps.value, '.2f'):>5}  {row.parameters:>11,}  "
+            f"{_number(row.flops / MEGA, ',.0f'):>12}  {minutes(row):>12}"
         )
     lines.append(
         "accuracy at the learned halt with a 95 % interval over seeds and puzzles, then each seed's; MFLOP: matrix "
