@@ -95,9 +95,10 @@ def views(
 ) -> Iterator[Segmented]:  # fmt: skip
     """Every puzzle through `max_steps` segments, batch by batch: what agents that ask for `sees` are shown.
 
-    The last batch is filled up with repeats so that shapes stay fixed. `segment` replaces the core's call.
+    The last batch is filled up with repeats so that shapes stay fixed. `segment` replaces the core's call; without it
+    a batch is never larger than all puzzles.
     """
-    segment = segment or core
+    segment, batch_size = segment or core, batch_size if segment else min(batch_size, len(puzzles))
     for first in range(0, len(puzzles), batch_size):
         index = torch.arange(first, first + batch_size).clamp(max=len(puzzles) - 1)
         questions = puzzles.questions[index.to(puzzles.questions.device)].to(device).long()
@@ -182,13 +183,14 @@ def solve(
 ) -> Solved:  # fmt: skip
     """Halt for real: a slot that halts takes the next puzzle in the next core call.
 
-    `segment` replaces the core's call (a compiled one) and sees one shape only: `batch_size` slots. Once no puzzle
-    waits and half of the slots are idle, those still busy move together into half as many slots, and again, which
-    the core itself runs. What a puzzle gets does not depend on its slot nor on how many there are (but for rounding).
+    `segment` replaces the core's call (a compiled one) and sees one shape only: `batch_size` slots; without it there
+    are never more slots than puzzles. Once no puzzle waits and half of the slots are idle, those still busy move
+    together into half as many slots, and again, which the core itself runs. What a puzzle gets does not depend on its
+    slot nor on how many there are (but for rounding).
 
     The agent starts with an empty memory and has its own back afterwards. UserError if what it returns is unsound.
     """
-    segment = segment or core
+    segment, batch_size = segment or core, batch_size if segment else min(batch_size, len(puzzles))
     agent_max = _set_max_steps(agent, max_steps)
     total, slots = len(puzzles), batch_size
     questions, answers = puzzles.questions.to(device).long(), puzzles.answers.to(device).long()
