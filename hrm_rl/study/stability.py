@@ -33,7 +33,8 @@ class StabilityThresholds:
         progress: Share of that drift by which the bias must fall for the drift to be learning.
         bias_rise: Largest rise of the mean |bias| of CONTINUE above what it was, in the mean of the last quarter.
         moving_truth: The core was trained as well, so that returns, targets and truth move with it: `drop` is then
-            asked of the regret (what the halting loses on the core as it is) and of the accuracy, in the second half.
+            asked of the accuracy at the halt, in the second half. (Not of the regret: a core that solves more can lose
+            more by its halting, so that regret rises in runs whose accuracy never falls.)
     """
 
     drop: float = 0.1  # the standard arm stays within 0.004 once it has learned
@@ -114,15 +115,10 @@ def _late(count: int, share: float = 0.25) -> int:
 def _returns(run: RunResult, t: StabilityThresholds, first: int) -> tuple[list[str], int | None]:
     """Collapse and swings of the mean return (the accuracy where there is none); where a collapse began.
 
-    Where the truth moves: of the regret and of the accuracy, each from its best of the second half on, since a core
-    that solves nothing loses nothing by its halting.
+    Where the truth moves: of the accuracy, from its best of the second half on.
     """
     if t.moving_truth:
-        first = max(first, _late(len(run.updates), 0.5))
-        values = not _series(run, "logit_max_abs").isnan().all()  # a fixed schedule learns nothing that could be lost
-        lost, at = _falls(run, t, first, -_series(run, "regret"), "minus the regret") if values else ([], None)
-        fell, when = _falls(run, t, first, _series(run, "accuracy"), "accuracy")
-        return lost + fell, at if at is not None else when
+        return _falls(run, t, max(first, _late(len(run.updates), 0.5)), _series(run, "accuracy"), "accuracy")
     score, name = _series(run, "mean_return"), "return"
     if score.isnan().all():
         score, name = _series(run, "accuracy"), "accuracy"
