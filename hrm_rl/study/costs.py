@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hrm_rl.errors import UserError
 from hrm_rl.study.info import StudyInfo
 from hrm_rl.study.results import RunResult
 from hrm_rl.study.statistics import ArmSummary, Interval, by_arm, summarise
@@ -33,9 +34,9 @@ class CostRow:
 
     arm: str
     accuracy: Interval  # at the learned halt, over seeds and puzzles
-    finals: tuple[float, ...]  # every seed's accuracy
+    finals: tuple[float, ...]  # every seed's accuracy, NaN of a run that diverged or failed (which counts as 0 above)
     mean_steps: Interval
-    parameters: int
+    parameters: int  # 0 where the core cannot be built
     flops_per_segment: float  # of one puzzle, forward; NaN where a solver decides
     seconds: tuple[float, ...]  # of training, every seed's
 
@@ -63,19 +64,20 @@ def cost_of(values: Mapping[str, Any]) -> Cost:
 
 
 def cost_rows(info: StudyInfo, results: Sequence[RunResult]) -> list[CostRow]:
-    """One row an arm that has a run, in the study's order."""
+    """One row an arm that has a run, in the study's order. An arm that cannot be built has no numbers."""
     summaries, runs = summarise(results, info.baseline, {"accuracy": 1}), by_arm(info.in_order(results))
-    return [_row(arm, held, summaries[arm], cost_of(info.arms[arm])) for arm, held in runs.items() if arm in info.arms]
+    return [_row(arm, held, summaries[arm], info.arms[arm]) for arm, held in runs.items() if arm in info.arms]
 
 
-def _row(arm: str, runs: Sequence[RunResult], summary: ArmSummary, cost: Cost) -> CostRow:
-    nothing = Interval(math.nan)
-    accuracy, steps = summary.metrics.get("accuracy"), summary.metrics.get("mean_steps")
-    mean_steps = steps.mean if steps else nothing
-    return CostRow(
-        arm, accuracy.mean if accuracy else nothing, accuracy.finals if accuracy else (), mean_steps,
-        cost.parameters, cost.segment, tuple(run.seconds for run in runs),
-    )  # fmt: skip
+def _row(arm: str, runs: Sequence[RunResult], summary: ArmSummary, values: Mapping[str, Any]) -> CostRow:
+    finals = tuple(run.final("accuracy") if run.status == "finished" else math.nan for run in runs)
+    found = summary.metrics if any(map(math.isfinite, finals)) else {}
+    accuracy, steps = (found[name].mean if name in found else Interval(math.nan) for name in ("accuracy", "mean_steps"))
+    try:
+        cost = cost_of(values)
+    except UserError:  # its runs have failed of the same
+        cost = Cost(0, math.nan)
+    return CostRow(arm, accuracy, finals, steps, cost.parameters, cost.segment, tuple(run.seconds for run in runs))
 
 
 def text(rows: Sequence[CostRow]) -> str:
@@ -87,13 +89,15 @@ def text(rows: Sequence[CostRow]) -> str:
     for row in rows:
         lines.append(
             f"{row.arm:<{width}}  {in_percent(row.accuracy):>22}  {each(row.finals):<{spread}}  "
-            f"{_number(row.mean_steps.value, '.2f'):>5}  {row.parameters:>11,}  "
+            f"{_number(row.mean_steps.value, '.2f'):>5}  {row.parameters or '-':>11{',' if row.parameters else ''}}  "
             f"{_number(row.flops / MEGA, ',.0f'):>12}  {minutes(row):>12}"
         )
     lines.append(
         "accuracy at the learned halt with a 95 % interval over seeds and puzzles, then each seed's; MFLOP: matrix "
         "products of a puzzle\nup to its halt; minutes of training, from the fastest to the slowest seed"
     )
+    if any(math.isnan(value) for row in rows for value in row.finals):
+        lines.append("lost: the run diverged or failed; it counts as 0 in its arm's accuracy")
     return "\n".join(lines)
 
 
@@ -110,8 +114,8 @@ def in_percent(interval: Interval) -> str:
 
 
 def each(finals: Sequence[float]) -> str:
-    """Every seed's accuracy in percent, in the order of seeds."""
-    return " ".join(f"{100 * value:5.1f}" if math.isfinite(value) else "    -" for value in finals)
+    """Every seed's accuracy in percent, in the order of seeds; lost: the run diverged or failed."""
+    return " ".join(f"{100 * value:5.1f}" if math.isfinite(value) else " lost" for value in finals)
 
 
 def minutes(row: CostRow) -> str:

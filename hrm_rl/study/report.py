@@ -250,7 +250,7 @@ def _cost_section(report: _Report) -> str:
         text_cell(row.arm, "name"), number_cell(len(row.finals)), _share(row.accuracy.value),
         _bracket_cell(row.accuracy, 100, ".1f"), text_cell(costs.each(row.finals)),
         number_cell(row.mean_steps.value, number(row.mean_steps.value, ".2f")),
-        number_cell(row.parameters, f"{row.parameters:,}"),
+        number_cell(row.parameters or math.nan, f"{row.parameters:,}" if row.parameters else None),
         number_cell(row.flops, number(row.flops / costs.MEGA, ",.0f")),
         number_cell(max(row.seconds), costs.minutes(row)),
     ] for row in held]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_puzzle_costs_its_segments_until_its_halt(study):
     assert baseline.finals == (0.75, 0.625) and baseline.accuracy.value == pytest.approx(0.6875)
     assert baseline.flops == pytest.approx(2.5 * baseline.flops_per_segment)
     assert baseline.seconds == (60, 130) and costs.minutes(baseline) == "1.0 to 2.2"
-    assert wild.accuracy.value == 0 and math.isnan(wild.flops)  # lost runs count as 0 right
+    assert math.isnan(wild.accuracy.value) and math.isnan(wild.flops)  # both of its runs are lost
 
 
 def test_the_table_says_it(study):
@@ -85,6 +86,22 @@ def test_the_table_says_it(study):
     assert "75.0  62.5" in words[1] and " 2.50 " in words[1] and words[1].endswith("1.0 to 2.2")
     assert "25.0  25.0" in words[2] and words[2].endswith(" 1.0")
     assert len({len(line) for line in words[:4]}) == 1
+
+
+def test_a_run_that_is_lost_counts_as_nothing_solved_and_is_named(study):
+    part = [*results()[:2], run("one pass", 0, 2, 1.0, 60), run("one pass", 1, 0, 0, 5, "failed")]
+    row = costs.cost_rows(info(study), part)[1]
+    assert row.accuracy.value == pytest.approx(0.125) and row.mean_steps.value == 1
+    words = costs.text([row]).splitlines()
+    assert "25.0  lost" in words[1] and words[-1].startswith("lost: the run diverged or failed")
+
+
+def test_an_arm_that_cannot_be_built_costs_no_report(study, tmp_path):
+    broken = replace(info(study), arms=info(study).arms | {"wild": study.arms[2].values | {"core.kind": "nosuch"}})
+    rows = costs.cost_rows(broken, results())
+    assert rows[2].parameters == 0 and rows[0].parameters > 0
+    assert costs.text(rows).splitlines()[3].split()[:4] == ["wild", "-", "lost", "lost"]
+    assert "baseline solved most" in write_report(tmp_path, broken, results()).read_text()
 
 
 def test_a_solver_has_no_count(tmp_path):
