@@ -60,6 +60,7 @@ def test_the_numbers_are_those_of_ordinary_updates(bootstrap):
     assert_same(plain, replayed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARN)
 def test_every_agent_that_says_so_can_be_captured(name):
     agent, objective = find_agent(name), "joint"
@@ -68,6 +69,7 @@ def test_every_agent_that_says_so_can_be_captured(name):
     assert_same(plain, replayed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [
     {"target": "polyak"}, {"target": "hard", "period": 3}, {"replay": "fifo", "replay_size": 40},
     {"replay": "fifo", "replay_size": 64, "backup": "lambda"}, {"backup": "double"},
@@ -120,7 +122,7 @@ def test_a_value_in_the_place_of_another_is_read_before_it_is_written_over():
     assert one.tolist() == [1, 1, 1] and two.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", LEARN)
+@pytest.mark.parametrize("name", ["q", *(pytest.param(name, marks=pytest.mark.slow) for name in LEARN if name != "q")])
 def test_nothing_in_the_body_waits(name, monkeypatch):
     trainer = rehearsed(find_agent(name), augment=True)
     run(trainer, WARM_UP + 1, logged=1000)
