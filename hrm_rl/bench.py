@@ -104,6 +104,7 @@ class EvaluateBench:
     Args:
         core: Run folder, checkpoint or model file; nothing: the core that ships.
         core_kind: Import path of the core's class, where it is your own (docs/CORES.md).
+        task: What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was trained on.
         limit: Puzzles of the shipped test set.
         batch_size: Puzzles in work at once.
         max_steps: The budget; 0 is the one trained with.
@@ -118,6 +119,7 @@ class EvaluateBench:
 
     core: str | None = None
     core_kind: str = ""
+    task: str = "auto"
     limit: int = 512
     batch_size: int = 128
     max_steps: int = 0
@@ -501,11 +503,10 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     import torch
 
     from agents import find_agent, make_agent
-    from hrm_rl.core import build_core, find_core
+    from hrm_rl.core import build_core
     from hrm_rl.core.config import DTYPES
-    from hrm_rl.core.io import load_core
     from hrm_rl.devices import can_compile, pick_device, pick_dtype
-    from hrm_rl.evaluate import task_of
+    from hrm_rl.evaluate import load_asked, task_of
     from hrm_rl.evaluation import solve
     from hrm_rl.flops import segment_flops
     from hrm_rl.trainer import user_puzzles
@@ -517,9 +518,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
         raise UserError("--compile on: no C++ compiler (CPU) or Triton (GPU) was found; use --compile off")
     if options.profile and len(compiled) > 1:
         raise UserError("--profile needs a single variant: --compile off or --compile on")
-    if options.core_kind:
-        find_core(options.core_kind)  # imports it
-    loaded = load_core(options.core)
+    loaded = load_asked(options.core, options.core_kind, options.task)
     if loaded.q_head is None:
         raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt to time")
     core = build_core(replace(loaded.core.config, dtype=pick_dtype(dtype, device)))
@@ -531,7 +530,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     learned.q_head.load_state_dict(loaded.q_head.state_dict())
     fixed = make_agent(find_agent("fixed"), core, max_steps, None, {})
     agents = {"learned halt": learned.to(device), f"fixed at {max_steps}": fixed}
-    task, side = task_of(loaded)
+    task, side = task_of(loaded, options.task)
     puzzles = user_puzzles(None, side, "test", options.limit, task)
 
     class Engine:  # what CompileGuard looks at

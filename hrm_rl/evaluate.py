@@ -63,11 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import evaluation
     from hrm_rl.checkpoint import write_atomically
-    from hrm_rl.core import find_core
-    from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.ensemble import MOST_COPIES, ensemble_line, ensemble_report, solve_ensemble
-    from hrm_rl.tasks import task_class
     from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
@@ -78,13 +75,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
     if options.core and options.run is not None:
         raise UserError(f"say once what to evaluate: RUN is {options.run}, --core is {options.core}")
-    source = options.core or options.run
-    if options.core_kind:
-        find_core(options.core_kind)  # imports it
-    packaged = {}
-    if source is None and options.task != "auto":
-        packaged = {"task": options.task, "size": task_class(options.task).default_side}
-    loaded = load_core(source, **packaged)
+    loaded = load_asked(options.core or options.run, options.core_kind, options.task)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
@@ -122,6 +113,17 @@ def main(argv: Sequence[str]) -> int:
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror})") from error
     return 0
+
+
+def load_asked(source: str | None, core_kind: str = "", task: str = "auto"):
+    """The core that a command's RUN, --core-kind and --task ask for; no RUN: the one that ships for the task."""
+    from hrm_rl.core.io import load_core
+    from hrm_rl.tasks import task_class
+
+    packaged = {}
+    if source is None and task != "auto":
+        packaged = {"task": task, "size": task_class(task).default_side}
+    return load_core(source, kind=core_kind, **packaged)
 
 
 def task_of(loaded, asked: str = "auto") -> tuple[str, int]:
@@ -184,7 +186,8 @@ def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     if not own:
         return agent
     if isinstance(getattr(agent, "q_head", None), QHead) and loaded.q_head is None:
-        raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
+        raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; name another agent (fixed is "
+                        "one)")  # fmt: skip
     for name, value in own.items():
         if name not in held or held[name].shape != value.shape:
             missing = f"holds no weights {name!r} {tuple(value.shape)} of {agent_class.__name__}"

@@ -116,18 +116,19 @@ def _read(path: Path, about: str) -> dict[str, Tensor] | None:
 
 def _run(model: Path, config: dict, budgets: Sequence[int], limit: int, device: str, progress) -> dict[str, Tensor]:
     from hrm_rl import evaluation
+    from hrm_rl.config import task_of_env
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import pick_device, pick_dtype
     from hrm_rl.evaluate import in_dtype, load_agent, task_of, which_agent
     from hrm_rl.trainer import user_puzzles
 
     where = pick_device(device)
-    loaded = load_core(model)
+    loaded = load_core(model, kind=config["core"]["kind"])
     core = in_dtype(loaded.core, pick_dtype("auto", where)).to(where)
     count = limit or config.get("test_limit") or None
-    task, side = task_of(loaded)
+    task, side = task_of(loaded, task_of_env(config["env"]))  # of its own configuration, so a task of the user's too
     puzzles = user_puzzles(config.get("test_data"), side, "test", count, task)
-    name, arguments = which_agent("auto", loaded)
+    name, arguments = which_agent(config["agent"], loaded)
     agent = load_agent(name, arguments, loaded, core, budgets[-1]).to(where)
     run = evaluation.trajectories(core, agent, puzzles, budgets[-1], 128, where, progress=progress)
     found = {}
