@@ -49,7 +49,7 @@ def build_parser():
         help="P-values of --calibrate risk: binomial (exact, of puzzles lost) or hoeffding (of lost minus gained).")
     add("--max_steps", type=int, default=0, help="The budget; 0 is the one trained with.")
     add("--task", type=str, default="auto",
-        help="What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was trained on.")  # fmt: skip
+        help="What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was trained on.")
     add("--data", type=str, default="", help="Test puzzles: .csv, .csv.gz or hf://owner/name; nothing: the shipped "
         "test set.")  # fmt: skip
     add("--limit", type=int, default=1000, help="At most this many test puzzles; 0 is all.")

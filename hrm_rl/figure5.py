@@ -372,6 +372,7 @@ def command(argv: Sequence[str]) -> int:
 
     from hrm_rl import ablate, cli
     from hrm_rl.devices import describe, pick_device
+    from hrm_rl.study import spec
 
     parser = cli.make_parser("python -m hrm_rl.figures fig5", command.__doc__, config=False)
     parser.add_argument("study", nargs="?", type=str, default="figure5",
@@ -388,6 +389,9 @@ def command(argv: Sequence[str]) -> int:
     for name, values, high in (("beyond", options.beyond, 10_000), ("limit", [options.limit], 1 << 30)):
         if any(not (0 if name == "limit" else 1) <= value <= high for value in values):
             raise UserError(f"--{name} must be between {0 if name == 'limit' else 1} and {high}, not {values}")
+    study = spec.load_study(spec.find_study(options.study))
+    if study.kind != "train":
+        raise UserError(f"{study.path}: figure 5 needs a study of kind train, this one is of kind {study.kind}")
     out = Path(options.out or Path("studies") / Path(options.study).stem).expanduser()
     words = [options.study, "--out", str(out), "--device", options.device]
     words += [word for name in ("seeds", "workers") if options[name] for word in (f"--{name}", str(options[name]))]
