@@ -61,6 +61,9 @@ def main(argv: Sequence[str]) -> int:
 
     study = spec.load_study(spec.find_study(options.study), options.seeds or None, options.updates or None)
     part = study.selected(options.arms) if options.arms else study
+    if not options.report:
+        for line in _without_effect(study):
+            _notice(line)
     if options.list:
         return _list(part)
     if len(part.runs) > MOST_RUNS and not (options.yes or options.report):
@@ -90,8 +93,23 @@ def _list(study) -> int:
     return 0
 
 
+def _without_effect(study) -> list[str]:
+    """One line for each arm that something else came to, which is no arm of its own for that."""
+    asked: dict[str, list[str]] = {}
+    for words, arm in study.without_effect:
+        asked.setdefault(arm, []).append(words)
+    more = {arm: f" and {len(words) - 5:,} more" if len(words) > 5 else "" for arm, words in asked.items()}
+    return [f"without effect, the same as {arm}: {', '.join(words[:5])}{more[arm]}" for arm, words in asked.items()]
+
+
 def _grid(study) -> str:
-    return f"{len(study.arms):,} arms x {study.seeds:,} seeds = {len(study.runs):,} runs of {study.updates:,} updates"
+    parts = _counted(len(study.arms), "arm"), _counted(study.seeds, "seed"), _counted(len(study.runs), "run")
+    return f"{parts[0]} x {parts[1]} = {parts[2]} of {_counted(study.updates, 'update')}"
+
+
+def _counted(number: int, thing: str) -> str:
+    """1 seed, 2,000 seeds."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def _command(words: Sequence[str]) -> str:

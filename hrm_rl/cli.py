@@ -253,7 +253,7 @@ def _reworded(message: str, known: Mapping[str, Any], words: Sequence[str], plac
     if match := re.match(r"unrecognized arguments: (.*)", message):
         return f"unexpected word {match[1].split()[0]!r}"
     if match := re.match(r"the following arguments are required: ([\w.]+)", message):
-        return f"--{match[1]} must be given"
+        return f"{f'--{match[1]}' if match[1] in known else match[1].upper()} must be given"  # STUDY is no flag
     match = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]|argument (?:--)?([\w.]+):", message)
     name = match and (match[1] or match[2])
     if name in known:

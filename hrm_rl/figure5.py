@@ -417,6 +417,6 @@ def command(argv: Sequence[str]) -> int:
         print(f"\nnot in the figure, since they diverged or failed: {', '.join(lost)}")
     few = min(row.seeds for row in table)
     if few < 5:
-        print(f"\n{few} seeds: intervals over so few cover too little, see hrm_rl/study/statistics.py")
+        print(f"\n{few} seed{'s' * (few != 1)}: intervals over so few cover too little, see hrm_rl/study/statistics.py")
     print(f"\nfigure: {out / 'fig5.png'}, table: {out / 'fig5.csv'} and fig5.json")
     return 0
