@@ -120,8 +120,7 @@ def load_puzzles(
             raise UserError(f"{text} holds puzzles of side {named[1]}, not {side}")
         task = named[0]
         if text not in SHIPPED and not task_class(task).quick:
-            command = f"python -m hrm_rl.generate --task {task} --side {named[1]} --count 5000 --out FILE.csv"
-            raise UserError(f"no set ships for {text}: make one ({command}) and name it as the data")
+            raise UserError(_how_to_make(*named, split))
         if text not in SHIPPED:
             return _made(*named, split, limit)
         path = _DATA / f"{text}-{split}.csv.gz"
@@ -134,6 +133,16 @@ def load_puzzles(
     shown = text if path == Path(text) else f"{text} ({split})"
     task = task or DEFAULT_TASK
     return from_rows(read_csv(path, side, limit, check_unique, task), shown, task, side)
+
+
+def _how_to_make(task: str, side: int, split: str) -> str:
+    """What to do about a set that neither ships nor is made on the spot: the command, and where the file is named."""
+    what, more, named = "training set", "--count 5000", "name it as the data (--data, in compare --validation)"
+    if split == "test":
+        what, more = "test set", "--count 1000 --exclude-grids-of TRAINING.csv"
+        named = "name it (--test-data in training, elsewhere --data)"
+    command = f"python -m hrm_rl.generate --task {task} --side {side} {more} --out FILE.csv"
+    return f"no {what} ships for {task}-{side}: make one ({command}) and {named}"
 
 
 def _named(text: str, task: str | None) -> tuple[str, int] | None:
