@@ -199,6 +199,8 @@ def read_settings(path: str | Path, known: Mapping[str, Any], group: str = "") -
 
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: must hold settings, one 'name: value' a line")
+    if "arms" not in known and any(key.value == "arms" for key, _ in root.value):
+        raise UserError(f"{path}: this is a study: python -m hrm_rl.ablate {path}")
     walk(root, group, set())
     return found
 

@@ -7,6 +7,7 @@ resolved configuration is written beside the checkpoints.
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -267,13 +268,15 @@ def task_of_env(env: str) -> str:
         entry = gym.spec(name).entry_point
         return getattr(load_env_creator(entry) if isinstance(entry, str) else entry, "task", DEFAULT_TASK)
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"env {env!r} cannot be made: {error}{near_environment(env)}") from error
+        raise cannot_be_made(env, error) from error
 
 
-def near_environment(name: str) -> str:
-    """A hint for a misspelt id, among the environments of this project."""
+def cannot_be_made(env: str, error: Exception) -> UserError:
+    """Why an environment cannot be made, with a hint for a misspelt id: one of this project's, else Gymnasium's own."""
     ours = [known for known, spec in gym.registry.items() if str(spec.entry_point).startswith("envs")]
-    return "" if name in gym.registry else nearest(name, ours)
+    hint = "" if env in gym.registry else nearest(env, ours)
+    said = re.sub(r" Did you mean: .*", "", str(error)) if hint else str(error)
+    return UserError(f"env {env!r} cannot be made: {said.rstrip('.')}{hint}")
 
 
 _LARGEST = 2**31 - 1  # of a whole number, so that no count or index overflows

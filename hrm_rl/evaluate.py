@@ -118,11 +118,11 @@ def main(argv: Sequence[str]) -> int:
 def load_asked(source: str | None, core_kind: str = "", task: str = "auto"):
     """The core that a command's RUN, --core-kind and --task ask for; no RUN: the one that ships for the task."""
     from hrm_rl.core.io import load_core
-    from hrm_rl.tasks import task_class
+    from hrm_rl.tasks.registry import task_class, task_name
 
     packaged = {}
     if source is None and task != "auto":
-        packaged = {"task": task, "size": task_class(task).default_side}
+        packaged = {"task": task_name(task), "size": task_class(task).default_side}
     return load_core(source, kind=core_kind, **packaged)
 
 
@@ -131,7 +131,7 @@ def task_of(loaded, asked: str = "auto") -> tuple[str, int]:
 
     A file that came from elsewhere cannot make us import code: a task of the user's own has to be named.
     """
-    from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, get_task, task_class, task_of_core
+    from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, get_task, task_class, task_name, task_of_core
 
     config, noted = loaded.core.config, loaded.meta.get("task")
     if noted is None and asked == "auto":
@@ -142,7 +142,7 @@ def task_of(loaded, asked: str = "auto") -> tuple[str, int]:
     if asked == "auto" and not (isinstance(noted, str) and noted in TASKS):
         raise UserError(f"{loaded.source}: was trained on the task {noted!r}, which is no short name and must be asked "
                         f"for: --task {noted}")  # fmt: skip
-    name = noted if asked == "auto" else asked
+    name = noted if asked == "auto" else task_name(asked)
     kind = task_class(name)
     fits = (s for s in kind.sides if (t := get_task(name, s)).seq_len == config.seq_len
             and t.vocab_size == config.vocab_size)  # fmt: skip

@@ -29,7 +29,7 @@ from agents.q_targets import QLosses
 from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import cuda_graph, evaluation, measure
-from hrm_rl.config import TrainConfig, near_environment, small_core
+from hrm_rl.config import TrainConfig, cannot_be_made, small_core
 from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
@@ -185,7 +185,7 @@ class Trainer:
                 observation="q_token",  # the loop reads `envs.slots`
             ).unwrapped  # fmt: skip
         except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-            raise UserError(f"env {c.env!r} cannot be made: {error}{near_environment(c.env)}") from error
+            raise cannot_be_made(c.env, error) from error
 
     def _compile(self) -> bool:
         wanted = self.config.compile

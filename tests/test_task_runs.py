@@ -194,6 +194,8 @@ def test_a_kind_of_core_that_the_file_does_not_hold_is_refused(command, judge):
         ({"size": 4}, "size must be 5 to 30, not 4"), ({"size": 31}, "size must be 5 to 30, not 31"),
         ({"core": {"vocab_size": 7}}, "core.vocab_size=7 do not fit size=10, which needs 100 and 6"),
         ({"env": "MazHalt-v0"}, "env 'MazHalt-v0' cannot be made: .*; did you mean 'MazeHalt-v0'"),
+        ({"env": "Maze"}, "^env 'Maze' cannot be made: Environment `Maze` doesn't exist; did you mean 'MazeHalt-v0'.$"),
+        ({"env": "CartPole-v1x"}, "Environment `CartPole-v1x` doesn't exist. Did you mean: `CartPole`"),
         ({"env": "FutoshikiHalt-v0", "clues": [3, 17]}, "clues must be two numbers, 0 <= low <= high <= 16"),
         ({"env": "SudokuHalt-v0", "size": 10}, "size must be one of 4, 6, 9, not 10"),
     ],
