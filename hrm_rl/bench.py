@@ -105,7 +105,8 @@ class EvaluateBench:
         core: Run folder, checkpoint or model file; nothing: the core that ships.
         core_kind: Import path of the core's class, where it is your own (docs/CORES.md).
         task: What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was trained on.
-        limit: Puzzles of the shipped test set.
+        data: Test puzzles: .csv, .csv.gz or hf://owner/name; nothing: the shipped test set.
+        limit: At most this many of them.
         batch_size: Puzzles in work at once.
         max_steps: The budget; 0 is the one trained with.
         compile: off, on, or both.
@@ -120,6 +121,7 @@ class EvaluateBench:
     core: str | None = None
     core_kind: str = ""
     task: str = "auto"
+    data: str | None = None
     limit: int = 512
     batch_size: int = 128
     max_steps: int = 0
@@ -531,7 +533,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     fixed = make_agent(find_agent("fixed"), core, max_steps, None, {})
     agents = {"learned halt": learned.to(device), f"fixed at {max_steps}": fixed}
     task, side = task_of(loaded, options.task)
-    puzzles = user_puzzles(None, side, "test", options.limit, task)
+    puzzles = user_puzzles(options.data, side, "test", options.limit, task)
 
     class Engine:  # what CompileGuard looks at
         run_prefix, run_tail = staticmethod(core.prefix), staticmethod(core.tail)

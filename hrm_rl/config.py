@@ -247,9 +247,17 @@ class TrainConfig:
         core["dtype"] = pick_dtype(core.get("dtype", CoreConfig.dtype), device)
         check_settings(OptimConfig, optim, "optim")
         try:
-            return cls(**values, optim=OptimConfig(**optim), core=core_config(core))
+            config = cls(**values, optim=OptimConfig(**optim), core=core_config(core))
         except ValueError as error:
             raise UserError(str(error)) from error
+        if config.from_scratch:  # a core that is loaded brings its own gradient: `trainer.make_core`
+            check_gradient_k(config.core, CoreConfig.gradient_k)
+        return config
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the core starts with fresh weights; objective=q needs a trained one."""
+        return not self.init_core and self.objective != "q"
 
     def to_values(self) -> dict[str, Any]:
         """Plain nested values for YAML; `from_values` reads them back."""
@@ -257,6 +265,12 @@ class TrainConfig:
         for group, name in ((values["core"], "box"), (values, "clues"), (values, "curriculum")):
             group[name] = list(group[name])  # YAML has no tuples
         return values
+
+
+def check_gradient_k(core: CoreConfig, usual: int) -> None:
+    """UserError for a gradient_k other than the `usual` one where nothing looks at it."""
+    if core.gradient != "last_k" and core.gradient_k != usual:
+        raise UserError(f"core.gradient_k has no effect with core.gradient={core.gradient}; it counts with last_k")
 
 
 def task_of_env(env: str) -> str:

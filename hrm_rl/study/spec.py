@@ -461,6 +461,9 @@ class _TrainFields(_Fields):
     def resolve(self, values: dict[str, Any]) -> dict[str, Any]:
         from hrm_rl.core import find_core
 
+        from_scratch = values.get("init_core") is None and values.get("objective") != "q"
+        if from_scratch and values.get("core.gradient") != "last_k":
+            values = {name: value for name, value in values.items() if name != "core.gradient_k"}  # has no effect
         config, agent, arguments = train_settings(values)
         find_core(config.core.kind)  # refuses a kind that is none
         resolved = _flat(config.to_values()) | {"core.dtype": values.get("core.dtype", "auto")}  # not this machine's

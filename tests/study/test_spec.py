@@ -232,6 +232,14 @@ def test_what_has_no_effect_is_said(read, blocks, said):
     assert list(read(f"{Q}  {blocks}\n").without_effect) == said
 
 
+def test_calls_of_a_gradient_that_does_not_count_them_are_no_difference(read):
+    study = read(JOINT + "  a: {core: {gradient: [one_step, last_k], gradient_k: [2, 3]}}\n"
+                         "  b: {core: {gradient_k: 4}}\n")  # fmt: skip
+    assert names(study) == ["baseline", "core.gradient=one_step", "core.gradient=last_k",
+                            "core.gradient=last_k core.gradient_k=3"]  # fmt: skip
+    assert study.without_effect == (("core.gradient_k=4", "baseline"),)
+
+
 @pytest.mark.parametrize("name", spec.shipped_studies())
 def test_shipped_studies_ask_for_nothing_without_effect(name):
     assert spec.load_study(spec.find_study(name)).without_effect == ()
