@@ -30,7 +30,7 @@ def build_parser():
     parser = cli.make_parser("python -m hrm_rl.ablate", __doc__.split("\n")[0], config=False)
     add = parser.add_argument
     add("study", type=str, metavar="STUDY", help="Name of a study of configs/ (q_stability, joint_stability, cores), "
-        "or a YAML file.")  # fmt: skip
+        "or a YAML file (docs/STUDIES.md).")  # fmt: skip
     add("--out", type=str, default="", help="The study's folder; nothing: studies/NAME. One that holds a part of this "
         "very study is gone on with.")  # fmt: skip
     add("--seeds", type=int, default=0, help="Seeds of each arm; 0: as the study says. More can be added later.")
@@ -94,7 +94,7 @@ def _list(study) -> int:
 
 
 def _without_effect(study) -> list[str]:
-    """One line for each arm that something else came to, which is no arm of its own for that."""
+    """What was asked for and is no arm of its own, one line for each arm that it comes to."""
     asked: dict[str, list[str]] = {}
     for words, arm in study.without_effect:
         asked.setdefault(arm, []).append(words)
