@@ -472,6 +472,7 @@ class _TrainFields(_Fields):
         signature = inspect.signature(find_agent_class(agent)).parameters
         usual = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
         from agents.arguments import OFFERED
+
         full = {name: value for name, value in usual.items() if name not in OFFERED} | arguments
         if set(hints_of(Arm)) & set(full) >= {"target", "replay", "backup", "head", "epsilon"}:
             full = without_effect_as(usual, full)
@@ -563,7 +564,8 @@ def _arms(fields: _Fields, baseline: dict[str, _Leaf], blocks: Sequence[tuple], 
                 start = {name: value for name, value in base.items() if not name.startswith("agent_args.")}
             own_places = places | {name: leaf.place for name, leaf in leaves.items()}
             combinations.append((given, _resolved(fields, start | given, own_places, where)))
-        idle = {name for name in leaves if all(values.get(name) != given[name] for given, values in combinations)}
+        idle = {name for name in leaves if not any(values.get(name) == given[name] != resolved_base.get(name)
+                                                   for given, values in combinations)}  # fmt: skip
         for given, values in combinations:
             changes = _changes(resolved_base, values, given)
             name = own_name or " ".join(f"{fields.short(n)}={_shown(v)}" for n, v in changes.items())
@@ -573,7 +575,7 @@ def _arms(fields: _Fields, baseline: dict[str, _Leaf], blocks: Sequence[tuple], 
                     raise UserError(f"{where}: arm {own_name!r} is the baseline itself")
                 if own_name:
                     found[_content(values)] = replace(known, name=own_name)
-                elif idle or (len(combinations) == 1 and not changes):
+                elif any(values.get(n) != given[n] for n in idle) or (len(combinations) == 1 and not changes):
                     asked = " ".join(f"{fields.short(n)}={_shown(v)}" for n, v in given.items())
                     same.append((asked or "an empty block", known))
                 continue

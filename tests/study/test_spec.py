@@ -221,6 +221,11 @@ def test_a_block_may_bear_the_name_of_a_field(read):
 @pytest.mark.parametrize(("blocks", "said"), [
     ("- {period: 7}", [("period=7", "baseline")]),
     ("- {period: [7, 8]}", [("period=7", "baseline"), ("period=8", "baseline")]),
+    ("- {period: [100, 7]}", [("period=7", "baseline")]),  # 100 is the baseline's own
+    ("- {target: [none, polyak], weight_decay: 0.1, period: [7, 8]}",
+     [("target=none weight_decay=0.1 period=7", "baseline"), ("target=none weight_decay=0.1 period=8", "baseline"),
+      ("target=polyak weight_decay=0.1 period=8", "target=polyak")]),
+    ("- {target: [none, polyak], weight_decay: 0.1}", []),
     ("- {target: polyak, period: [7, 8]}", [("target=polyak period=8", "target=polyak")]),
     ("- {weight_decay: 0.1}", [("weight_decay=0.1", "baseline")]),
     ("- {target: polyak, period: 7}\n  - {name: slow, target: polyak}", []),  # it is slow, and slow it is called
