@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         return _list(part)
     if len(part.runs) > MOST_RUNS and not (options.yes or options.report):
-        raise UserError(f"{study.name}: {_grid(part)} are more than {MOST_RUNS:,}; add --yes to run them all, or "
-                        "choose by --arms or --seeds")  # fmt: skip
+        raise UserError(f"{study.name}: {_grid(part)} are more than {MOST_RUNS:,}; add --yes (of "
+                        "hrm_rl.ablate) to run them all, or choose by --arms or --seeds")  # fmt: skip
 
     from hrm_rl.devices import pick_device
 

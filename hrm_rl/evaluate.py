@@ -167,7 +167,7 @@ def which_agent(asked: str, loaded) -> tuple[str, dict]:
         raise UserError(f"{loaded.source}: its header names no valid agent ({own!r} with {arguments!r})")
     if asked == "auto" and own not in agent_names():
         raise UserError(f"{loaded.source}: was trained with {own}, which is no short name and must be asked for: "
-                        f"--agent {own}")  # fmt: skip
+                        f"--agent {own} (--agents in compare)")  # fmt: skip
     name = own if asked == "auto" else asked
     same = name == own or agent_name(find_agent(name)) == own
     return name, arguments if same else {}
