@@ -34,7 +34,7 @@ from agents.sb3 import A2CAgent, DQNAgent, PPOAgent
 from agents.second_order import SecondOrderAgent
 from agents.stability import StabilityAgent
 from agents.trm import TRMAgent
-from hrm_rl.errors import UserError, nearest
+from hrm_rl.errors import UserError, near_class, nearest
 
 #: Agents by the short names of the command line.
 AGENTS: dict[str, type[HaltingAgent]] = {
@@ -85,9 +85,7 @@ def _checked(name: str, load, origin: str) -> type[HaltingAgent]:
     try:
         found = load()
     except AttributeError as error:
-        there = vars(error.obj) if inspect.ismodule(error.obj) else {}
-        agents = [n for n, v in there.items() if isinstance(v, type) and issubclass(v, HaltingAgent)]
-        hint = nearest(name.rpartition(".")[2], agents)
+        hint = near_class(error, name.rpartition(".")[2], lambda there: issubclass(there, HaltingAgent))
         raise UserError(f"agent {name!r}{origin} cannot be imported ({error}){hint}") from error
     except SyntaxError as error:
         raise UserError(f"agent {name!r}{origin} cannot be imported ({error})") from error

@@ -30,7 +30,7 @@ def build_parser():
     parser = cli.make_parser("python -m hrm_rl.ablate", __doc__.split("\n")[0], config=False)
     add = parser.add_argument
     add("study", type=str, metavar="STUDY", help="Name of a study of configs/ (q_stability, joint_stability, cores), "
-        "or a YAML file.")  # fmt: skip
+        "or a YAML file (docs/STUDIES.md).")  # fmt: skip
     add("--out", type=str, default="", help="The study's folder; nothing: studies/NAME. One that holds a part of this "
         "very study is gone on with.")  # fmt: skip
     add("--seeds", type=int, default=0, help="Seeds of each arm; 0: as the study says. More can be added later.")
@@ -61,11 +61,14 @@ def main(argv: Sequence[str]) -> int:
 
     study = spec.load_study(spec.find_study(options.study), options.seeds or None, options.updates or None)
     part = study.selected(options.arms) if options.arms else study
+    if not options.report:
+        for line in _without_effect(study):
+            _notice(line)
     if options.list:
         return _list(part)
     if len(part.runs) > MOST_RUNS and not (options.yes or options.report):
-        raise UserError(f"{study.name}: {_grid(part)} are more than {MOST_RUNS:,}; add --yes to run them all, or "
-                        "choose by --arms or --seeds")  # fmt: skip
+        raise UserError(f"{study.name}: {_grid(part)} are more than {MOST_RUNS:,}; add --yes (of "
+                        "hrm_rl.ablate) to run them all, or choose by --arms or --seeds")  # fmt: skip
 
     from hrm_rl.devices import pick_device
 
@@ -90,8 +93,23 @@ def _list(study) -> int:
     return 0
 
 
+def _without_effect(study) -> list[str]:
+    """What was asked for and is no arm of its own, one line for each arm that it comes to."""
+    asked: dict[str, list[str]] = {}
+    for words, arm in study.without_effect:
+        asked.setdefault(arm, []).append(words)
+    more = {arm: f" and {len(words) - 5:,} more" if len(words) > 5 else "" for arm, words in asked.items()}
+    return [f"without effect, the same as {arm}: {', '.join(words[:5])}{more[arm]}" for arm, words in asked.items()]
+
+
 def _grid(study) -> str:
-    return f"{len(study.arms):,} arms x {study.seeds:,} seeds = {len(study.runs):,} runs of {study.updates:,} updates"
+    parts = _counted(len(study.arms), "arm"), _counted(study.seeds, "seed"), _counted(len(study.runs), "run")
+    return f"{parts[0]} x {parts[1]} = {parts[2]} of {_counted(study.updates, 'update')}"
+
+
+def _counted(number: int, thing: str) -> str:
+    """1 seed, 2,000 seeds."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def _command(words: Sequence[str]) -> str:

@@ -104,7 +104,9 @@ class EvaluateBench:
     Args:
         core: Run folder, checkpoint or model file; nothing: the core that ships.
         core_kind: Import path of the core's class, where it is your own (docs/CORES.md).
-        limit: Puzzles of the shipped test set.
+        task: What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was trained on.
+        data: Test puzzles: .csv, .csv.gz or hf://owner/name; nothing: the shipped test set.
+        limit: At most this many of them.
         batch_size: Puzzles in work at once.
         max_steps: The budget; 0 is the one trained with.
         compile: off, on, or both.
@@ -118,6 +120,8 @@ class EvaluateBench:
 
     core: str | None = None
     core_kind: str = ""
+    task: str = "auto"
+    data: str | None = None
     limit: int = 512
     batch_size: int = 128
     max_steps: int = 0
@@ -501,11 +505,10 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     import torch
 
     from agents import find_agent, make_agent
-    from hrm_rl.core import build_core, find_core
+    from hrm_rl.core import build_core
     from hrm_rl.core.config import DTYPES
-    from hrm_rl.core.io import load_core
     from hrm_rl.devices import can_compile, pick_device, pick_dtype
-    from hrm_rl.evaluate import task_of
+    from hrm_rl.evaluate import load_asked, task_of
     from hrm_rl.evaluation import solve
     from hrm_rl.flops import segment_flops
     from hrm_rl.trainer import user_puzzles
@@ -517,9 +520,7 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
         raise UserError("--compile on: no C++ compiler (CPU) or Triton (GPU) was found; use --compile off")
     if options.profile and len(compiled) > 1:
         raise UserError("--profile needs a single variant: --compile off or --compile on")
-    if options.core_kind:
-        find_core(options.core_kind)  # imports it
-    loaded = load_core(options.core)
+    loaded = load_asked(options.core, options.core_kind, options.task)
     if loaded.q_head is None:
         raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt to time")
     core = build_core(replace(loaded.core.config, dtype=pick_dtype(dtype, device)))
@@ -531,8 +532,8 @@ def bench_evaluate(options: EvaluateBench) -> dict[str, Any]:
     learned.q_head.load_state_dict(loaded.q_head.state_dict())
     fixed = make_agent(find_agent("fixed"), core, max_steps, None, {})
     agents = {"learned halt": learned.to(device), f"fixed at {max_steps}": fixed}
-    task, side = task_of(loaded)
-    puzzles = user_puzzles(None, side, "test", options.limit, task)
+    task, side = task_of(loaded, options.task)
+    puzzles = user_puzzles(options.data, side, "test", options.limit, task)
 
     class Engine:  # what CompileGuard looks at
         run_prefix, run_tail = staticmethod(core.prefix), staticmethod(core.tail)

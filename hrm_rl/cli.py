@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,6 +199,8 @@ def read_settings(path: str | Path, known: Mapping[str, Any], group: str = "") -
 
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: must hold settings, one 'name: value' a line")
+    if "arms" not in known and any(key.value == "arms" for key, _ in root.value):
+        raise UserError(f"{path}: this is a study: python -m hrm_rl.ablate {path}")
     walk(root, group, set())
     return found
 
@@ -253,7 +255,7 @@ def _reworded(message: str, known: Mapping[str, Any], words: Sequence[str], plac
     if match := re.match(r"unrecognized arguments: (.*)", message):
         return f"unexpected word {match[1].split()[0]!r}"
     if match := re.match(r"the following arguments are required: ([\w.]+)", message):
-        return f"--{match[1]} must be given"
+        return f"{f'--{match[1]}' if match[1] in known else match[1].upper()} must be given"  # STUDY is no flag
     match = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]|argument (?:--)?([\w.]+):", message)
     name = match and (match[1] or match[2])
     if name in known:
@@ -302,14 +304,29 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Call `main(argv)`; a UserError is one line on stderr and exit code 2 (--debug shows where it arose)."""
+    """Call `main(argv)`; a UserError is one line on stderr and exit code 2 (--debug shows where it arose).
+
+    Where the reader of the output goes away (`| head`), the work goes on to its end without a word, and the exit code
+    is that of the work: a run or a study is not given up because nobody looks on.
+    """
+    with redirect_stdout(_patient(sys.stdout)), redirect_stderr(_patient(sys.stderr)):
+        try:
+            _run(main)
+        finally:
+            with suppress(OSError):  # what is left would else be written, and fail, as the interpreter ends
+                print(end="", flush=True)
+
+
+def _run(main: Callable[[Sequence[str]], int | None]) -> None:
     keep_freed_memory()
     argv = sys.argv[1:]
     debug = "--debug" in argv
     if debug:
         argv.remove("--debug")
     try:
-        sys.exit(main(argv) or 0)
+        code = main(argv) or 0
+        print(end="", flush=True)
+        sys.exit(code)
     except UserError as error:
         if debug:
             raise
@@ -323,15 +340,44 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:  # a full disk, a folder without rights
         if debug or error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {_printable(where + error.strerror)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _patient(stream):
+    return None if stream is None else _Patient(stream)  # None: closed from the start (>&-)
+
+
+class _Patient:
+    """A stream of text whose reader may go away: what is written from then on is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # where the stream itself will write what it still holds
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _printable(text: str) -> str:

@@ -48,6 +48,8 @@ def build_parser():
     add("--bound", type=Literal["binomial", "hoeffding"], default="binomial",
         help="P-values of --calibrate risk: binomial (exact, of puzzles lost) or hoeffding (of lost minus gained).")
     add("--max_steps", type=int, default=0, help="The budget; 0 is the one trained with.")
+    add("--task", type=str, default="auto",
+        help="What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was trained on.")
     add("--data", type=str, default="", help="Test puzzles: .csv, .csv.gz or hf://owner/name; nothing: the shipped "
         "test set.")  # fmt: skip
     add("--limit", type=int, default=1000, help="At most this many test puzzles; 0 is all.")
@@ -107,17 +109,13 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import comparison, evaluation, recorded, scoring
     from hrm_rl.checkpoint import write_atomically
-    from hrm_rl.core import find_core
-    from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
-    from hrm_rl.evaluate import in_dtype
+    from hrm_rl.evaluate import in_dtype, load_asked
     from hrm_rl.figures import frontier_figure
     from hrm_rl.flops import countable, segment_flops
 
     device = pick_device(options.device)
-    if options.core_kind:
-        find_core(options.core_kind)  # imports it
-    loaded = load_core(options.run)
+    loaded = load_asked(options.run, options.core_kind, options.task)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device).eval()
     max_steps = options.max_steps or int(loaded.meta.get("max_steps", 16))
     target = comparison.Target(**{name: options[name] for name in comparison.Target.__dataclass_fields__})
@@ -281,7 +279,7 @@ def _puzzles(options, loaded, core) -> tuple:
     from hrm_rl.tasks.dataset import shared_puzzles
     from hrm_rl.trainer import user_puzzles
 
-    task, side = task_of(loaded)
+    task, side = task_of(loaded, options.task)
     test = user_puzzles(options.data or None, side, "test", options.limit or None, task)
     source = options.validation or _trained_on(Path(loaded.source))
     validation = user_puzzles(source, side, "train", task=task)

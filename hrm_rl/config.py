@@ -7,6 +7,7 @@ resolved configuration is written beside the checkpoints.
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -246,9 +247,17 @@ class TrainConfig:
         core["dtype"] = pick_dtype(core.get("dtype", CoreConfig.dtype), device)
         check_settings(OptimConfig, optim, "optim")
         try:
-            return cls(**values, optim=OptimConfig(**optim), core=core_config(core))
+            config = cls(**values, optim=OptimConfig(**optim), core=core_config(core))
         except ValueError as error:
             raise UserError(str(error)) from error
+        if config.from_scratch:  # a core that is loaded brings its own gradient: `trainer.make_core`
+            check_gradient_k(config.core, CoreConfig.gradient_k)
+        return config
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the core starts with fresh weights; objective=q needs a trained one."""
+        return not self.init_core and self.objective != "q"
 
     def to_values(self) -> dict[str, Any]:
         """Plain nested values for YAML; `from_values` reads them back."""
@@ -256,6 +265,12 @@ class TrainConfig:
         for group, name in ((values["core"], "box"), (values, "clues"), (values, "curriculum")):
             group[name] = list(group[name])  # YAML has no tuples
         return values
+
+
+def check_gradient_k(core: CoreConfig, usual: int) -> None:
+    """UserError for a gradient_k other than the `usual` one where nothing looks at it."""
+    if core.gradient != "last_k" and core.gradient_k != usual:
+        raise UserError(f"core.gradient_k has no effect with core.gradient={core.gradient}; it counts with last_k")
 
 
 def task_of_env(env: str) -> str:
@@ -267,13 +282,15 @@ def task_of_env(env: str) -> str:
         entry = gym.spec(name).entry_point
         return getattr(load_env_creator(entry) if isinstance(entry, str) else entry, "task", DEFAULT_TASK)
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"env {env!r} cannot be made: {error}{near_environment(env)}") from error
+        raise cannot_be_made(env, error) from error
 
 
-def near_environment(name: str) -> str:
-    """A hint for a misspelt id, among the environments of this project."""
+def cannot_be_made(env: str, error: Exception) -> UserError:
+    """Why an environment cannot be made, with a hint for a misspelt id: one of this project's, else Gymnasium's own."""
     ours = [known for known, spec in gym.registry.items() if str(spec.entry_point).startswith("envs")]
-    return "" if name in gym.registry else nearest(name, ours)
+    hint = "" if env in gym.registry else nearest(env, ours)
+    said = re.sub(r" Did you mean: .*", "", str(error)) if hint else str(error)
+    return UserError(f"env {env!r} cannot be made: {said.rstrip('.')}{hint}")
 
 
 _LARGEST = 2**31 - 1  # of a whole number, so that no count or index overflows

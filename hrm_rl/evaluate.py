@@ -63,11 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
     from hrm_rl import evaluation
     from hrm_rl.checkpoint import write_atomically
-    from hrm_rl.core import find_core
-    from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device, pick_dtype
     from hrm_rl.ensemble import MOST_COPIES, ensemble_line, ensemble_report, solve_ensemble
-    from hrm_rl.tasks import task_class
     from hrm_rl.trainer import user_puzzles
 
     device = pick_device(options.device)
@@ -78,13 +75,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--copies: of an ensemble; say which with --ensemble first or best")
     if options.core and options.run is not None:
         raise UserError(f"say once what to evaluate: RUN is {options.run}, --core is {options.core}")
-    source = options.core or options.run
-    if options.core_kind:
-        find_core(options.core_kind)  # imports it
-    packaged = {}
-    if source is None and options.task != "auto":
-        packaged = {"task": options.task, "size": task_class(options.task).default_side}
-    loaded = load_core(source, **packaged)
+    loaded = load_asked(options.core or options.run, options.core_kind, options.task)
     core = in_dtype(loaded.core, pick_dtype(options.dtype, device)).to(device)
     trained_with = int(loaded.meta.get("max_steps", 16))
     budgets = sorted(set(options.max_steps or [trained_with]))
@@ -124,12 +115,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def load_asked(source: str | None, core_kind: str = "", task: str = "auto"):
+    """The core that a command's RUN, --core-kind and --task ask for; no RUN: the one that ships for the task."""
+    from hrm_rl.core.io import load_core
+    from hrm_rl.tasks.registry import task_class, task_name
+
+    packaged = {}
+    if source is None and task != "auto":
+        packaged = {"task": task_name(task), "size": task_class(task).default_side}
+    return load_core(source, kind=core_kind, **packaged)
+
+
 def task_of(loaded, asked: str = "auto") -> tuple[str, int]:
     """(task, side) of the puzzles that a loaded core was made for: what its file notes, else what its sizes fit.
 
     A file that came from elsewhere cannot make us import code: a task of the user's own has to be named.
     """
-    from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, get_task, task_class, task_of_core
+    from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, get_task, task_class, task_name, task_of_core
 
     config, noted = loaded.core.config, loaded.meta.get("task")
     if noted is None and asked == "auto":
@@ -140,7 +142,7 @@ def task_of(loaded, asked: str = "auto") -> tuple[str, int]:
     if asked == "auto" and not (isinstance(noted, str) and noted in TASKS):
         raise UserError(f"{loaded.source}: was trained on the task {noted!r}, which is no short name and must be asked "
                         f"for: --task {noted}")  # fmt: skip
-    name = noted if asked == "auto" else asked
+    name = noted if asked == "auto" else task_name(asked)
     kind = task_class(name)
     fits = (s for s in kind.sides if (t := get_task(name, s)).seq_len == config.seq_len
             and t.vocab_size == config.vocab_size)  # fmt: skip
@@ -165,7 +167,7 @@ def which_agent(asked: str, loaded) -> tuple[str, dict]:
         raise UserError(f"{loaded.source}: its header names no valid agent ({own!r} with {arguments!r})")
     if asked == "auto" and own not in agent_names():
         raise UserError(f"{loaded.source}: was trained with {own}, which is no short name and must be asked for: "
-                        f"--agent {own}")  # fmt: skip
+                        f"--agent {own} (--agents in compare)")  # fmt: skip
     name = own if asked == "auto" else asked
     same = name == own or agent_name(find_agent(name)) == own
     return name, arguments if same else {}
@@ -184,7 +186,8 @@ def load_agent(name: str, arguments: dict, loaded, core, max_steps: int):
     if not own:
         return agent
     if isinstance(getattr(agent, "q_head", None), QHead) and loaded.q_head is None:
-        raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; use --agent fixed")
+        raise UserError(f"{loaded.source}: holds no Q-head, so there is no learned halt; name another agent (fixed is "
+                        "one)")  # fmt: skip
     for name, value in own.items():
         if name not in held or held[name].shape != value.shape:
             missing = f"holds no weights {name!r} {tuple(value.shape)} of {agent_class.__name__}"

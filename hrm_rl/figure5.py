@@ -116,18 +116,19 @@ def _read(path: Path, about: str) -> dict[str, Tensor] | None:
 
 def _run(model: Path, config: dict, budgets: Sequence[int], limit: int, device: str, progress) -> dict[str, Tensor]:
     from hrm_rl import evaluation
+    from hrm_rl.config import task_of_env
     from hrm_rl.core.io import load_core
     from hrm_rl.devices import pick_device, pick_dtype
     from hrm_rl.evaluate import in_dtype, load_agent, task_of, which_agent
     from hrm_rl.trainer import user_puzzles
 
     where = pick_device(device)
-    loaded = load_core(model)
+    loaded = load_core(model, kind=config["core"]["kind"])
     core = in_dtype(loaded.core, pick_dtype("auto", where)).to(where)
     count = limit or config.get("test_limit") or None
-    task, side = task_of(loaded)
+    task, side = task_of(loaded, task_of_env(config["env"]))  # of its own configuration, so a task of the user's too
     puzzles = user_puzzles(config.get("test_data"), side, "test", count, task)
-    name, arguments = which_agent("auto", loaded)
+    name, arguments = which_agent(config["agent"], loaded)
     agent = load_agent(name, arguments, loaded, core, budgets[-1]).to(where)
     run = evaluation.trajectories(core, agent, puzzles, budgets[-1], 128, where, progress=progress)
     found = {}
@@ -371,6 +372,7 @@ def command(argv: Sequence[str]) -> int:
 
     from hrm_rl import ablate, cli
     from hrm_rl.devices import describe, pick_device
+    from hrm_rl.study import spec
 
     parser = cli.make_parser("python -m hrm_rl.figures fig5", command.__doc__, config=False)
     parser.add_argument("study", nargs="?", type=str, default="figure5",
@@ -387,6 +389,9 @@ def command(argv: Sequence[str]) -> int:
     for name, values, high in (("beyond", options.beyond, 10_000), ("limit", [options.limit], 1 << 30)):
         if any(not (0 if name == "limit" else 1) <= value <= high for value in values):
             raise UserError(f"--{name} must be between {0 if name == 'limit' else 1} and {high}, not {values}")
+    study = spec.load_study(spec.find_study(options.study))
+    if study.kind != "train":
+        raise UserError(f"{study.path}: figure 5 needs a study of kind train, this one is of kind {study.kind}")
     out = Path(options.out or Path("studies") / Path(options.study).stem).expanduser()
     words = [options.study, "--out", str(out), "--device", options.device]
     words += [word for name in ("seeds", "workers") if options[name] for word in (f"--{name}", str(options[name]))]
@@ -412,6 +417,6 @@ def command(argv: Sequence[str]) -> int:
         print(f"\nnot in the figure, since they diverged or failed: {', '.join(lost)}")
     few = min(row.seeds for row in table)
     if few < 5:
-        print(f"\n{few} seeds: intervals over so few cover too little, see hrm_rl/study/statistics.py")
+        print(f"\n{few} seed{'s' * (few != 1)}: intervals over so few cover too little, see hrm_rl/study/statistics.py")
     print(f"\nfigure: {out / 'fig5.png'}, table: {out / 'fig5.csv'} and fig5.json")
     return 0

@@ -16,7 +16,7 @@ from hrm_rl import cli
 from hrm_rl.errors import UserError
 from hrm_rl.tasks.csv_io import Rows, check_name, check_target, read_csv, write_csv
 from hrm_rl.tasks.generate import PuzzleSpec, canonical_grids, generate_puzzles
-from hrm_rl.tasks.registry import DEFAULT_TASK, get_task, task_class
+from hrm_rl.tasks.registry import DEFAULT_TASK, get_task, task_class, task_name
 
 
 def build_parser(task: str = DEFAULT_TASK):
@@ -55,7 +55,7 @@ def named_task(argv: Sequence[str]) -> str:
     for position, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name == "--task" and (equals or position + 1 < len(argv)):
-            return value if equals else argv[position + 1]
+            return task_name(value if equals else argv[position + 1])
     return DEFAULT_TASK
 
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     task = named_task(argv)
     kind = spec_of(task)
     args = cli.parse(build_parser(task), argv)
-    if args.task != task:  # of a YAML file
+    if task_name(args.task) != task:  # of a YAML file
         raise UserError(f"--task {args.task}: name the task as a flag, not in a file")
     spec = kind(**{field.name: args[field.name] for field in fields(kind)})
     try:

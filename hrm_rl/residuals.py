@@ -126,6 +126,9 @@ def _parser(name: str, description: str, puzzles: int):
                         "nothing: the core that ships.")  # fmt: skip
     parser.add_argument("--core_kind", type=str, default="",
                         help="Import path of the core's class, where it is your own (docs/CORES.md).")  # fmt: skip
+    parser.add_argument("--task", type=str, default="auto",
+                        help="What the puzzles are (sudoku, maze, ... or an import path); auto: what the core was "
+                        "trained on.")  # fmt: skip
     parser.add_argument("--puzzles", type=int, default=puzzles, help="Test puzzles to measure on.")
     parser.add_argument("--data", type=str, default="",
                         help=".csv, .csv.gz or hf://owner/name; nothing: the shipped test set.")  # fmt: skip
@@ -138,21 +141,17 @@ def _parser(name: str, description: str, puzzles: int):
 
 def _load(options) -> tuple[RecurrentCore, PuzzleSet, dict]:
     """The core, the puzzles and where the numbers come from."""
-    from hrm_rl.core import find_core
-    from hrm_rl.core.io import load_core
     from hrm_rl.devices import describe, pick_device
-    from hrm_rl.evaluate import in_dtype, task_of
+    from hrm_rl.evaluate import in_dtype, load_asked, task_of
     from hrm_rl.trainer import user_puzzles
 
     for name, high in (("puzzles", 1 << 20), ("max_steps", 10_000)):
         if not 1 <= options[name] <= high:
             raise UserError(f"--{name} must be between 1 and {high}, not {options[name]}")
     device = pick_device(options.device)
-    if options.core_kind:
-        find_core(options.core_kind)  # imports it
-    loaded = load_core(options.run)
+    loaded = load_asked(options.run, options.core_kind, options.task)
     core = in_dtype(loaded.core, options.dtype).to(device)
-    task, side = task_of(loaded)
+    task, side = task_of(loaded, options.task)
     puzzles = user_puzzles(options.data or None, side, "test", options.puzzles, task)
     about = {"model": Path(loaded.source).name if options.run is None else loaded.source, "core": core.config.kind,
              "calls": list(core.calls), "dtype": options.dtype, "test": puzzles.name, "puzzles": len(puzzles),

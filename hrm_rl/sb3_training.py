@@ -37,7 +37,7 @@ from hrm_rl.errors import NonFiniteError, UserError
 from hrm_rl.optim import load_state_tensors, state_tensors
 from hrm_rl.parallel import ALONE
 from hrm_rl.tasks import PuzzleSet
-from hrm_rl.trainer import Trainer, made_for, make_core, near_environment, training_puzzles, user_puzzles
+from hrm_rl.trainer import Trainer, cannot_be_made, made_for, make_core, training_puzzles, user_puzzles
 
 _BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 _COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
@@ -103,7 +103,7 @@ class SB3Trainer:
                 ponder_cost=c.ponder_cost, augment=c.augment, device=str(self.device), observation="q_token",
             ).unwrapped  # fmt: skip
         except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-            raise UserError(f"env {c.env!r} cannot be made: {error}{near_environment(c.env)}") from error
+            raise cannot_be_made(c.env, error) from error
 
     def update(self, detailed: bool = False, before_detailed: bool = False) -> dict[str, float]:
         """One round of SB3's `learn`: a rollout of `stride` steps and its gradient steps."""

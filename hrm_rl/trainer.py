@@ -29,7 +29,7 @@ from agents.q_targets import QLosses
 from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import cuda_graph, evaluation, measure
-from hrm_rl.config import TrainConfig, near_environment, small_core
+from hrm_rl.config import TrainConfig, cannot_be_made, check_gradient_k, small_core
 from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
@@ -53,7 +53,7 @@ _BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpo
 def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
     """The core a run starts from: from scratch by its seed, or `init_core`; objective=q needs a trained one."""
     kind = find_core(config.core.kind).kind
-    if config.init_core or config.objective == "q":
+    if not config.from_scratch:
         config = replace(config, core=replace(config.core, kind=kind))
         loaded = load_core(config.init_core, device, size=config.size, task=config.task).core
         differs = [n for n in ("seq_len", "vocab_size") if getattr(loaded.config, n) != getattr(config.core, n)]
@@ -63,10 +63,20 @@ def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
         _refuse_other_sizes(config, loaded.config)
         given = {name: getattr(config.core, name) for name in _OF_THE_RUN if _is_given(config, name)}
         core = build_core(replace(loaded.config, **given, dtype=config.core.dtype)).to(device)
+        check_gradient_k(core.config, loaded.config.gradient_k)
+        _check_calls(config, core)
         core.load_state_dict(loaded.state_dict())
         return core
-    generator = torch.Generator().manual_seed(config.seed)
-    return build_core(config.core, generator).to(device)
+    core = build_core(config.core, torch.Generator().manual_seed(config.seed)).to(device)
+    _check_calls(config, core)
+    return core
+
+
+def _check_calls(config: TrainConfig, core: RecurrentCore) -> None:
+    """UserError for a gradient that was asked to reach more calls than a segment has."""
+    k, calls = core.config.gradient_k, len(core.calls)
+    if core.config.gradient == "last_k" and _is_given(config, "gradient_k") and k > calls:
+        raise UserError(f"core.gradient_k must be at most {calls}, the calls of a segment of this core, not {k}")
 
 
 def _refuse_other_sizes(config: TrainConfig, loaded: CoreConfig) -> None:
@@ -185,7 +195,7 @@ class Trainer:
                 observation="q_token",  # the loop reads `envs.slots`
             ).unwrapped  # fmt: skip
         except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-            raise UserError(f"env {c.env!r} cannot be made: {error}{near_environment(c.env)}") from error
+            raise cannot_be_made(c.env, error) from error
 
     def _compile(self) -> bool:
         wanted = self.config.compile

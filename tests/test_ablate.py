@@ -121,9 +121,25 @@ def test_list_names_the_arms_and_leaves_nothing(place, capsys):
     assert sorted(path.name for path in place.iterdir()) == ["small.yaml"]
 
 
+def test_what_has_no_effect_is_one_line_in_the_list_and_at_the_start(place, capsys):
+    Path("idle.yaml").write_text("kind: q_only\nseeds: 1\nupdates: 1\nsize: 6\narms:\n  - {period: [7, 8]}\n")
+    assert run("idle.yaml", "--list") == 0
+    listed = capsys.readouterr()
+    assert listed.out.splitlines() == ["baseline", "", "idle: 1 arm x 1 seed = 1 run of 1 update"]
+    assert listed.err == "note: without effect, the same as baseline: period=7, period=8\n"
+    assert run("idle.yaml") == 0 and capsys.readouterr().err == listed.err
+    assert run("idle.yaml", "--report") == 0 and not capsys.readouterr().err
+    many = ", ".join(map(str, range(1, 9)))
+    Path("idle.yaml").write_text(f"kind: q_only\narms:\n  - {{name: slow, target: polyak}}\n"
+                                 f"  - {{target: polyak, period: [{many}]}}\n")  # fmt: skip
+    assert run("idle.yaml", "--list") == 0  # period=100 is the usual one, and 1 to 8 change nothing
+    assert capsys.readouterr().err == "note: without effect, the same as slow: " + ", ".join(
+        f"target=polyak period={n}" for n in range(1, 6)) + " and 3 more\n"  # fmt: skip
+
+
 BAD = [
     (["q_stabilty"], "study 'q_stabilty' is unknown; did you mean 'q_stability'?; there are: "),
-    (["none.yaml"], "none.yaml: no such file"),
+    (["none.yaml"], "none.yaml: no such file"), ([], "STUDY must be given"),
     (["small.yaml", "--arms", "lr=3"], "--arms: no arm fits 'lr=3'"),
     (["small.yaml", "--seeds", "2000"], "small: 5 arms x 2,000 seeds = 10,000 runs of 4 updates are more "
      "than 5,000; add --yes"),

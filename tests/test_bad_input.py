@@ -151,6 +151,7 @@ BAD_YAML = [
     ("num_env: 3\n", r"bad.yaml:1: unknown setting 'num_env'; did you mean 'num_envs'\?"),
     ("size: 4\noptim:\n  lrr: 0.1\n", r"bad.yaml:3: unknown setting 'optim.lrr'; did you mean 'optim.lr'\?"),
     ("size: 4\nnum_envs: many\n", "bad.yaml:2: num_envs must be a whole number, not 'many'"),
+    ("kind: train\nseeds: 3\narms: {}\n", "bad.yaml: this is a study: python -m hrm_rl.ablate bad.yaml$"),
     ("objective: x\n", "bad.yaml:1: objective must be joint, supervised or q, not 'x'"),
     ("optim: 3\n", "bad.yaml:1: optim must hold settings of its own"),
     ("num_envs: [1, 2]\n", "bad.yaml:1: num_envs must be a whole number, not a list of 2"),

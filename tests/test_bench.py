@@ -257,6 +257,7 @@ def test_compiling_during_the_repeats_is_refused(quick):
         (["train", "--repeats", "0"], "--repeats must be at least 1"),
         (["train", "--modell", "small"], "modell"),
         (["evaluate", "--core", "/nowhere"], "/nowhere: no such file"),
+        (["evaluate", "--data", "/nowhere.csv"], "/nowhere.csv: cannot be read"),
         (["env", "--tensors", "jax"], "--tensors must be from numpy, torch"),
         (["generate", "--count", "0"], "--count must be at least 1"),
     ],

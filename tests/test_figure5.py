@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
 
 import pytest
 import torch
 
-from hrm_rl import figure5
+from hrm_rl import ablate, figure5, train
 from hrm_rl.errors import UserError
 from hrm_rl.figure5 import Point
 
@@ -108,3 +109,65 @@ def test_points_of_other_puzzles_or_budgets_are_refused():
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="not a finished run"):
         figure5.measure(tmp_path, [2])
+
+
+def test_a_study_of_another_kind_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr(ablate, "main", lambda words: ran.append(words) or 3)
+    (tmp_path / "live.yaml").write_text("kind: joint\n")
+    for study, kind in (("q_stability", "q_only"), ("live.yaml", "joint")):
+        with pytest.raises(UserError, match=f"needs a study of kind train, this one is of kind {kind}"):
+            figure5.command([study])
+    assert not ran and sorted(p.name for p in tmp_path.iterdir()) == ["live.yaml"]
+    assert figure5.command(["figure5"]) == 3 and ran[0][0] == "figure5"  # the control: one that can be drawn is run
+
+
+OWN = """
+from agents import HaltingAgent
+from envs import HaltEnv, HaltVectorEnv
+from hrm_rl.core import HRMCore
+from hrm_rl.tasks.maze import Maze
+import gymnasium as gym
+
+class Corridors(Maze):
+    sides = range(5, 7)
+    default_side = 5
+
+class Single(HaltEnv):
+    task = "own_parts.Corridors"
+
+class Many(HaltVectorEnv):
+    task = "own_parts.Corridors"
+
+if "Corridors-v0" not in gym.registry:
+    gym.register(id="Corridors-v0", entry_point=Single, vector_entry_point=Many)
+
+class Certain(HaltingAgent):
+    threshold = 0.6
+
+    def score(self, view):
+        return view.logits.float().softmax(-1).amax(-1).amin(-1)
+
+class Core(HRMCore):
+    pass
+"""
+
+
+def test_a_run_of_the_users_own_task_agent_and_core_is_measured(tmp_path, monkeypatch, capsys):
+    """All three are named in the run's own configuration, so nothing has to be asked for."""
+    (tmp_path / "own_parts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    small = ["--num-envs", "4", "--max-steps", "2", "--total-steps", "2", "--compile", "off", "--device", "cpu",
+             "--test-limit", "6", "--eval-every", "0", "--train-limit", "20", "--core.hidden_size", "16",
+             "--core.num_heads", "2", "--core.inner_multiple", "16", "--core.puzzle_emb_ndim", "16"]  # fmt: skip
+    words = ["--env", "own_parts:Corridors-v0", "--agent", "own_parts.Certain", "--core.kind", "own_parts.Core"]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert train.main([*words, *small, "--name", "mine"]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    points = figure5.measure(tmp_path / "runs" / "mine", [3], device="cpu")
+    assert [(p.trained, p.budget, len(p.right)) for p in points] == [(2, 2, 6), (2, 3, 6)]

@@ -82,6 +82,31 @@ def test_how_far_the_gradient_reaches_is_the_runs_own(given, found, tmp_path):
     assert make_core(again, torch.device("cpu")).config == trainer.core.config
 
 
+def test_a_number_of_calls_that_nothing_looks_at(tmp_path):
+    plain = {"size": 4, "device": "cpu", "core": {"dtype": "float32"}}
+
+    def make(objective="joint", source=None, **core):
+        values = plain | {"objective": objective, "init_core": source, "core": plain["core"] | core}
+        return make_core(TrainConfig.from_values(values), torch.device("cpu"))
+
+    core, path = HRMCore(small_core(gradient="last_k", gradient_k=3)), tmp_path / "model.safetensors"
+    path.write_bytes(model_bytes(core, None))
+    for gradient in ("auto", "one_step", "full", "implicit"):
+        said = f"core.gradient_k has no effect with core.gradient={gradient}; it counts with last_k"
+        with pytest.raises(UserError, match=said):
+            make(gradient=gradient, gradient_k=3)
+        assert make(gradient=gradient).config.gradient == gradient  # the usual number says nothing
+    for source in (None, str(path)):
+        with pytest.raises(UserError, match="core.gradient_k must be at most 6, the calls of a segment of this core"):
+            make(source=source, gradient="last_k", gradient_k=7)
+        assert make(source=source, gradient="last_k", gradient_k=6).without_gradient == 0
+    with pytest.raises(UserError, match="no effect with core.gradient=full"):
+        make(source=str(path), gradient="full", gradient_k=4)
+    with pytest.raises(UserError, match="no effect with core.gradient=auto"):  # as the core that ships has it
+        make(objective="q", gradient_k=4)
+    assert make(source=str(path), gradient="full", gradient_k=3).config.gradient_k == 3  # as the file has it
+
+
 def test_the_configuration_written_down_is_the_core_that_runs():
     core = HRMCore(small_config().core, torch.Generator().manual_seed(0))
     trainer = small_trainer(core=core, objective="q", optim={"lr": 0.1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hrm_testing import small_config
 from task_testing import puzzles_of, tiny_core
 
 from agents import QHaltingAgent, make_agent
-from hrm_rl import compare, evaluate, train
+from hrm_rl import bench, compare, evaluate, figures, train
 from hrm_rl.config import TrainConfig
 from hrm_rl.core import HRMCore
 from hrm_rl.core.io import load_core, model_bytes
@@ -21,6 +22,7 @@ from hrm_rl.core.layers import GEOMETRIES, GridBias
 from hrm_rl.core.q_head import QHead
 from hrm_rl.ensemble import relabelled, solve_ensemble
 from hrm_rl.errors import UserError
+from hrm_rl.tasks import load_puzzles
 from hrm_rl.trainer import Trainer
 
 OTHERS = ("MazeHalt-v0", "NQueensHalt-v0", "FutoshikiHalt-v0", "MiniSudokuHalt-v0")
@@ -104,7 +106,7 @@ def test_compare_and_ensembles_know_the_task(tmp_path):
     path = tmp_path / "maze.safetensors"
     path.write_bytes(model_bytes(core, head, {"max_steps": 2, "task": "maze", "size": 6}))
     loaded = load_core(path)
-    options = SimpleNamespace(data="", limit=12, validation="", validation_limit=15)
+    options = SimpleNamespace(task="auto", data="", limit=12, validation="", validation_limit=15)
     test, validation = compare._puzzles(options, loaded, loaded.core)
     assert (test.task, len(test), validation.task, len(validation)) == ("maze", 12, "maze", 15)
     agent = make_agent(QHaltingAgent, core, 2, "extra_forward")
@@ -130,6 +132,60 @@ def test_a_file_that_names_no_task_is_known_by_its_sizes(tmp_path):
         task({"task": "n_queens"})
 
 
+OWN = """
+from hrm_rl.tasks.maze import Maze
+
+class Corridors(Maze):
+    sides = range(5, 7)
+    default_side = 5
+"""
+JUDGES = {  # the commands that read a core: how each is told which one, and a little work for it
+    "evaluate": (evaluate.main, ["--limit", "2"]),
+    "compare": (compare.main, ["--limit", "2", "--validation-limit", "4", "--cache", "off"]),
+    "bench": (bench.main, ["--limit", "2", "--repeats", "1", "--dtype", "float32"]),
+    "residuals": (figures.main, ["--puzzles", "2", "--max-steps", "2"]),
+    "gradient": (figures.main, ["--puzzles", "2", "--max-steps", "1", "--solver-steps", "2"]),
+}
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """Run a command by its name on a core for mazes of a task of the user's own, in a folder where that can be read."""
+    (tmp_path / "own_task.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "Peak", functools.partial(bench.Peak, sizes=(32,)))
+    puzzles = load_puzzles("own_task.Corridors-5", 5, "test", 2, task="own_task.Corridors")
+    core, head = HRMCore(tiny_core(puzzles), torch.Generator().manual_seed(0)), QHead(16)
+    meta = {"max_steps": 2, "task": "own_task.Corridors", "size": 5}
+    (tmp_path / "model.safetensors").write_bytes(model_bytes(core, head, meta))
+
+    def call(name: str, *more: str) -> int:
+        main, words = JUDGES[name]
+        first = {"bench": ["evaluate", "--core"], "residuals": ["residuals"], "gradient": ["gradient"]}.get(name, [])
+        return main([*first, "model.safetensors", *words, "--device", "cpu", *more])
+
+    return call
+
+
+@pytest.mark.parametrize("command", JUDGES)
+def test_a_task_of_ones_own_is_asked_for_by_the_flag_that_the_message_names(command, judge):
+    with pytest.raises(UserError, match="asked for: --task own_task.Corridors$"):
+        judge(command)
+    try:
+        assert judge(command, "--task", "own_task.Corridors") == 0
+    except UserError as error:  # no threshold can be chosen for a core that has learned nothing
+        assert command == "compare" and "solves none of these 4 validation puzzles" in str(error)
+
+
+@pytest.mark.parametrize("command", JUDGES)
+def test_a_kind_of_core_that_the_file_does_not_hold_is_refused(command, judge):
+    with pytest.raises(UserError, match="model.safetensors: its core is of kind 'hrm', not 'trm', which was asked for"):
+        judge(command, "--core-kind", "trm")
+    with pytest.raises(UserError, match="asked for: --task"):  # under its import path it is the same kind
+        judge(command, "--core-kind", "hrm_rl.core.hrm.HRMCore")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -138,6 +194,8 @@ def test_a_file_that_names_no_task_is_known_by_its_sizes(tmp_path):
         ({"size": 4}, "size must be 5 to 30, not 4"), ({"size": 31}, "size must be 5 to 30, not 31"),
         ({"core": {"vocab_size": 7}}, "core.vocab_size=7 do not fit size=10, which needs 100 and 6"),
         ({"env": "MazHalt-v0"}, "env 'MazHalt-v0' cannot be made: .*; did you mean 'MazeHalt-v0'"),
+        ({"env": "Maze"}, "^env 'Maze' cannot be made: Environment `Maze` doesn't exist; did you mean 'MazeHalt-v0'.$"),
+        ({"env": "CartPole-v1x"}, "Environment `CartPole-v1x` doesn't exist. Did you mean: `CartPole`"),
         ({"env": "FutoshikiHalt-v0", "clues": [3, 17]}, "clues must be two numbers, 0 <= low <= high <= 16"),
         ({"env": "SudokuHalt-v0", "size": 10}, "size must be one of 4, 6, 9, not 10"),
     ],

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hrm_rl import checkpoint, train
+from hrm_rl import checkpoint, cli, train
 from hrm_rl.checkpoint import list_checkpoints, lock_run
 from hrm_rl.errors import UserError
 from hrm_rl.metrics import read_metrics
@@ -355,3 +355,40 @@ def test_kill_nine_at_twenty_random_moments(tmp_path, recipe):
     assert lines_of(run) == lines_of(tmp_path / "runs" / "straight")
     ours, straight = newest(run), newest(tmp_path / "runs" / "straight")
     assert ours[0] == straight[0] and same(ours[1], straight[1])
+
+
+def gone(monkeypatch, name: str) -> None:
+    """sys.stdout or sys.stderr as a pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, name, os.fdopen(writer, "w"))
+
+
+@pytest.mark.parametrize("names", [("stdout",), ("stdout", "stderr")])
+def test_a_reader_that_has_left_does_not_end_the_run(recipe, tmp_path, monkeypatch, capsys, names):
+    monkeypatch.setattr(sys, "argv", ["train", *recipe, "--total-steps", "6", "--name", "whole"])
+    for name in names:
+        gone(monkeypatch, name)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train.main)
+    assert stop.value.code == 0 and not capsys.readouterr().err
+    assert {"report.json", "training.png"} <= {path.name for path in (tmp_path / "runs" / "whole").iterdir()}
+    for name in names:
+        getattr(sys, name).close()  # nothing is left that could not be written
+
+
+def test_a_mistake_keeps_its_exit_code_without_a_reader(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--nothing", "1"])
+    gone(monkeypatch, "stderr")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train.main)
+    assert stop.value.code == 2
+
+
+@pytest.mark.slow
+def test_head_ends_a_command_without_a_word(recipe, tmp_path):
+    words = f"{' '.join(recipe)} --total-steps 6 --name piped"
+    shell = f"{sys.executable} -m hrm_rl.train {words} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.stdout.splitlines()[1:] == ["0"] and not done.stderr, done.stderr
+    assert (tmp_path / "runs" / "piped" / "report.json").is_file()

@@ -119,7 +119,9 @@ def fixed_point(step: Callable[[State], State], state: State, settings: Settings
     def f(flat: Tensor) -> Tensor:
         return _flat(step(_unflat(flat, first, moved)), moved)
 
-    settings = settings._replace(steps=max(1, settings.steps - 1))
+    if settings.steps == 1:
+        return first
+    settings = settings._replace(steps=settings.steps - 1)
     return _unflat(solve(f, _flat(first, moved), settings).z, first, moved)
 
 
@@ -154,7 +156,8 @@ class _AtFixedPoint(torch.autograd.Function):
         flat, parts = ctx.graph
 
         def f(u: Tensor) -> Tensor:
-            products = torch.autograd.grad(flat, parts, u, retain_graph=True)
+            # of a core whose step does not look at its state, J is 0 and no part is in the graph
+            products = torch.autograd.grad(flat, parts, u, retain_graph=True, materialize_grads=True)
             return g + torch.cat([part.flatten(1) for part in products], dim=1).to(g.dtype)
 
         solution = solve(f, g, ctx.settings)

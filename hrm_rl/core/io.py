@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hrm_rl.core.config import CoreConfig
 from hrm_rl.core.q_head import QHead
 from hrm_rl.core.recurrent import RecurrentCore
-from hrm_rl.core.registry import build_core, known_core
+from hrm_rl.core.registry import build_core, find_core, known_core
 from hrm_rl.core.released_file import CHECKPOINT_FILE, CONFIG_FILE, is_released, read_released
 from hrm_rl.devices import pick_dtype
 from hrm_rl.errors import UserError
@@ -52,7 +52,7 @@ def packaged_core(size: int = 9, task: str = "sudoku") -> Path:
     path = Path(str(resources.files("hrm_rl") / "assets" / f"{task}-{size}.safetensors"))
     if not path.is_file():
         what = f"size {size}" if task == "sudoku" else f"{task} of size {size}"
-        raise UserError(f"no trained core ships for {what}; name one with core= (a run folder or a model file)")
+        raise UserError(f"no trained core ships for {what}; name one (a run folder or a model file)")
     return path
 
 
@@ -163,15 +163,18 @@ def core_config(values: dict) -> CoreConfig:
 
 
 def load_core(
-    source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9, task: str = "sudoku"
-) -> LoadedCore:
+    source: str | Path | None = None, device: str | torch.device = "cpu", size: int = 9, task: str = "sudoku",
+    kind: str = "",
+) -> LoadedCore:  # fmt: skip
     """Read a core. source: None (the packaged one), a run folder, a checkpoint folder, a model file, or a
     checkpoint of the released HRM (`core/released_file.py`), on this machine or as hf://owner/name on the Hub.
 
+    kind: what the core must be, a short name or an import path (which is imported); empty takes what the file holds.
     It computes in the dtype it was trained in, or in float32 where the hardware does not multiply bfloat16.
     Raises UserError for a missing, damaged or foreign file, naming the first tensor that does not fit, and for a core
-    of a kind that is unknown here: a class of the user's own must have been imported before.
+    of a kind that is unknown here: a class of the user's own must be named or have been imported before.
     """
+    wanted = find_core(kind) if kind else None
     path = packaged_core(size, task) if source is None else find_model(source)
     try:
         if is_released(path):
@@ -185,9 +188,14 @@ def load_core(
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if config.dtype == "bfloat16" and pick_dtype("auto", torch.device(device)) != "bfloat16":
         config = replace(config, dtype="float32")  # made on a machine that multiplies bfloat16; this one does not
-    if known_core(config.kind) is None:
+    found = known_core(config.kind)
+    if found is None:
         raise UserError(f"{path}: its core is of kind {shortened(config.kind)}, and no model file makes us import code:"
-                        " name it (--core_kind, in training --core.kind) or import it first")  # fmt: skip
+                        " name it (--core-kind, in training --core.kind), import it first or install it with an entry "
+                        "point")  # fmt: skip
+    if wanted not in (None, found):
+        raise UserError(f"{path}: its core is of kind {shortened(config.kind)}, not {shortened(kind)}, which was asked "
+                        "for")  # fmt: skip
     if max(config.H_layers, config.L_layers) > len(core_tensors):
         raise UserError(f"{path}: its header claims more layers than it holds tensors")
     with torch.device("meta"):  # shapes alone: a file cannot make us ask for more memory than it has itself

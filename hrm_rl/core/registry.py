@@ -18,7 +18,7 @@ from hrm_rl.core.hrm import HRMCore
 from hrm_rl.core.recurrent import RecurrentCore
 from hrm_rl.core.recurrent_transformer import RecurrentTransformerCore
 from hrm_rl.core.trm import TRMCore
-from hrm_rl.errors import UserError, nearest
+from hrm_rl.errors import UserError, near_class, nearest
 from hrm_rl.settings import shortened
 
 #: Short name -> class of the cores that ship.
@@ -62,7 +62,12 @@ def _checked(kind: str, load) -> type[RecurrentCore]:
         found = load()
     except Exception as error:  # whatever a user's file does wrong
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"core.kind: {shortened(kind)} cannot be imported ({reason})") from error
-    if not (isinstance(found, type) and issubclass(found, RecurrentCore)) or found is RecurrentCore:
+        hint = near_class(error, kind.rpartition(".")[2], _is_core)
+        raise UserError(f"core.kind: {shortened(kind)} cannot be imported ({reason}){hint}") from error
+    if not (isinstance(found, type) and _is_core(found)):
         raise UserError(f"core.kind: {shortened(kind)} is no subclass of hrm_rl.core.RecurrentCore")
     return found
+
+
+def _is_core(found: type) -> bool:
+    return issubclass(found, RecurrentCore) and found is not RecurrentCore

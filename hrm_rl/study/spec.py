@@ -16,7 +16,7 @@
 Fields of q_only are those of `agents.arm.Arm`; those of joint and train are the settings of `hrm_rl.train`, in
 the layout of its YAML files (optim: {lr: ...}, agent_args: {target: ...}). Arms are named by what differs from the
 baseline, which is always there; what has no effect (tau without a running average) is no difference, and arms that are
-the same are one arm.
+the same are one arm. docs/STUDIES.md shows all of it.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class Study:
         probe: Puzzles that are measured on; of joint and train the first `count` of the test set.
         arms: The baseline, then all others.
         path: The file.
+        without_effect: What was asked for and is no arm of its own: (as it was asked for, the arm it comes to).
     """
 
     name: str
@@ -124,6 +125,7 @@ class Study:
     probe: PuzzleSource = PuzzleSource(None, 1000)
     arms: tuple[StudyArm, ...] = ()
     path: str = ""
+    without_effect: tuple[tuple[str, str], ...] = ()
 
     @property
     def baseline(self) -> StudyArm:
@@ -291,7 +293,8 @@ class _Reader:
         if study.checkpoints > study.updates:
             study = replace(study, checkpoints=study.updates)
         blocks = self._blocks(top["arms"][1], fields) if "arms" in top else []
-        return replace(study, arms=_arms(fields, baseline, blocks, f"{self.path}:1"))
+        arms, without_effect = _arms(fields, baseline, blocks, f"{self.path}:1")
+        return replace(study, arms=arms, without_effect=without_effect)
 
     def _puzzles(self, node, kind: str) -> dict[str, PuzzleSource]:
         known = ("train", "probe") if kind == "q_only" else ("probe",)
@@ -314,7 +317,15 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             named = [("a block of arms", part) for part in node.value]
         else:
-            named = [(f"block {name!r}", value) for name, _, value in self.pairs(node, "arms")]
+            named = []
+            for name, key, value in self.pairs(node, "arms"):
+                if isinstance(value, yaml.SequenceNode) and not value.value:
+                    self.refuse(key, f"{name!r} holds an empty list")
+                if self._is_no_block(name, value, fields):
+                    block = f"{{{name}: {_as_written(value)}}}"
+                    self.refuse(key, f"{name!r} stands where the name of a block belongs: write arms: {{any_name: "
+                                     f"{block}}}, or a list, - {block}")  # fmt: skip
+                named.append((f"block {name!r}", value))
         found = []
         for what, block in named:
             for part in block.value if isinstance(block, yaml.SequenceNode) else [block]:
@@ -326,6 +337,19 @@ class _Reader:
                     self.refuse(names[0], f"name must be a word for one arm (no list in its block), not {own!r}")
                 found.append((self.place(part), own, leaves))
         return found
+
+    def _is_no_block(self, name: str, node, fields: _Fields) -> bool:
+        """Whether `name: node` among the arms is a field with its values, one level too high."""
+        import yaml
+
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        blocks = [part for part in parts if isinstance(part, (yaml.MappingNode, yaml.SequenceNode))]
+        if name not in fields.groups:
+            return not blocks and not fields.refusal(name)
+        words = [key.value for part in blocks if isinstance(part, yaml.MappingNode) for key, _ in part.value
+                 if isinstance(key, yaml.ScalarNode) and key.value != "name"]  # fmt: skip
+        return any(fields.refusal(word) and not fields.refusal(f"{name}.{word}") for word in words
+                   if word not in fields.groups)  # fmt: skip
 
     def _leaves(self, node, what: str, fields: _Fields, prefix: str = "", skip: Sequence[str] = ()) -> dict[str, _Leaf]:
         import yaml
@@ -435,7 +459,13 @@ class _TrainFields(_Fields):
         return _agent(values.get("agent", "auto"), values.get("objective", "joint"))
 
     def resolve(self, values: dict[str, Any]) -> dict[str, Any]:
+        from hrm_rl.core import find_core
+
+        from_scratch = values.get("init_core") is None and values.get("objective") != "q"
+        if from_scratch and values.get("core.gradient") != "last_k":
+            values = {name: value for name, value in values.items() if name != "core.gradient_k"}  # has no effect
         config, agent, arguments = train_settings(values)
+        find_core(config.core.kind)  # refuses a kind that is none
         resolved = _flat(config.to_values()) | {"core.dtype": values.get("core.dtype", "auto")}  # not this machine's
         for name in _STUDYS_OWN:
             resolved.pop(name)
@@ -511,8 +541,12 @@ def find_agent_class(name: str) -> type:
 # --- arms -----------------------------------------------------------------------------------------------------
 
 
-def _arms(fields: _Fields, baseline: dict[str, _Leaf], blocks: Sequence[tuple], place: str) -> tuple[StudyArm, ...]:
-    """The baseline, then every different arm of the blocks, in their order."""
+def _arms(fields: _Fields, baseline: dict[str, _Leaf], blocks: Sequence[tuple], place: str) -> tuple[tuple, tuple]:
+    """The baseline, then every different arm of the blocks, in their order; and what came to an arm there was already.
+
+    The latter only where a field that was given never has an effect in its block, or where the block is the baseline:
+    crossed lists come to the same arm here and there by their nature.
+    """
     count = sum(math.prod(len(leaf.values) for leaf in leaves.values()) for _, _, leaves in blocks)
     if count > MOST_ARMS:
         raise UserError(f"{blocks[0][0]}: {count:,} arms are more than any study runs (at most {MOST_ARMS:,})")
@@ -520,15 +554,19 @@ def _arms(fields: _Fields, baseline: dict[str, _Leaf], blocks: Sequence[tuple], 
     places = {name: leaf.place for name, leaf in baseline.items()}
     resolved_base = _resolved(fields, base, places, place)
     found = {_content(resolved_base): StudyArm(BASELINE, resolved_base, {}, place)}
-    names = {BASELINE}
+    names, same = {BASELINE}, []
     for where, own_name, leaves in blocks:
+        combinations = []
         for combination in itertools.product(*(leaf.values for leaf in leaves.values())):
             given = dict(zip(leaves, combination, strict=True))
             start = base
             if fields.agent(start | given) != fields.agent(base):  # another agent takes other arguments
                 start = {name: value for name, value in base.items() if not name.startswith("agent_args.")}
             own_places = places | {name: leaf.place for name, leaf in leaves.items()}
-            values = _resolved(fields, start | given, own_places, where)
+            combinations.append((given, _resolved(fields, start | given, own_places, where)))
+        idle = {name for name in leaves if not any(values.get(name) == given[name] != resolved_base.get(name)
+                                                   for given, values in combinations)}  # fmt: skip
+        for given, values in combinations:
             changes = _changes(resolved_base, values, given)
             name = own_name or " ".join(f"{fields.short(n)}={_shown(v)}" for n, v in changes.items())
             known = found.get(_content(values))
@@ -537,12 +575,29 @@ def _arms(fields: _Fields, baseline: dict[str, _Leaf], blocks: Sequence[tuple], 
                     raise UserError(f"{where}: arm {own_name!r} is the baseline itself")
                 if own_name:
                     found[_content(values)] = replace(known, name=own_name)
+                elif any(values.get(n) != given[n] for n in idle) or (len(combinations) == 1 and not changes):
+                    asked = " ".join(f"{fields.short(n)}={_shown(v)}" for n, v in given.items())
+                    same.append((asked or "an empty block", known))
                 continue
             if name in names:
                 raise UserError(f"{where}: two different arms are named {name!r}")
             names.add(name)
             found[_content(values)] = StudyArm(name, values, changes, where)
-    return tuple(found.values())
+    said = {(asked, found[_content(known.values)].name): None for asked, known in same}  # an arm may be renamed later
+    return tuple(found.values()), tuple(said)
+
+
+def _as_written(node) -> str:
+    """A node of a file on one line, cut where it is long."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        text = f"{{{', '.join(f'{key.value}: {_as_written(value)}' for key, value in node.value)}}}"
+    elif isinstance(node, yaml.SequenceNode):
+        text = f"[{', '.join(map(_as_written, node.value))}]"
+    else:
+        text = str(node.value)
+    return text if len(text) <= 60 else "..."
 
 
 def _resolved(fields: _Fields, values: dict[str, Any], places: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hrm_rl.errors import UserError, nearest
 from hrm_rl.hub import fetch, on_hub
 from hrm_rl.tasks.csv_io import Rows, read_csv
-from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, Task, check_side, get_task, task_class
+from hrm_rl.tasks.registry import DEFAULT_TASK, TASKS, Task, check_side, get_task, task_class, task_name
 
 SPLITS = ("train", "test")
 _DATA = Path(__file__).parent / "data"
@@ -103,8 +103,10 @@ def load_puzzles(
     limit: read no more than the first so many. check_unique: also refuse puzzles with several solutions.
     task: what the puzzles are; None takes it from the name, and Sudoku for a file.
     Raises UserError, one line, "file:line: reason"."""
+    task = task and task_name(task)
     text = str(source)
     named = _named(text, task)
+    text = f"{named[0]}-{named[1]}" if named else text
     if side is not None:
         check_side(task_class(named[0] if named else task or DEFAULT_TASK).sides, side)
     if hub := on_hub(source):
@@ -120,8 +122,7 @@ def load_puzzles(
             raise UserError(f"{text} holds puzzles of side {named[1]}, not {side}")
         task = named[0]
         if text not in SHIPPED and not task_class(task).quick:
-            command = f"python -m hrm_rl.generate --task {task} --side {named[1]} --count 5000 --out FILE.csv"
-            raise UserError(f"no set ships for {text}: make one ({command}) and name it as the data")
+            raise UserError(_how_to_make(*named, split))
         if text not in SHIPPED:
             return _made(*named, split, limit)
         path = _DATA / f"{text}-{split}.csv.gz"
@@ -136,14 +137,25 @@ def load_puzzles(
     return from_rows(read_csv(path, side, limit, check_unique, task), shown, task, side)
 
 
+def _how_to_make(task: str, side: int, split: str) -> str:
+    """What to do about a set that neither ships nor is made on the spot: the command, and where the file is named."""
+    what, more, named = "training set", "--count 5000", "name it as the data (--data, in compare --validation)"
+    if split == "test":
+        what, more = "test set", "--count 1000 --exclude-grids-of TRAINING.csv"
+        named = "name it (--test-data in training, elsewhere --data)"
+    command = f"python -m hrm_rl.generate --task {task} --side {side} {more} --out FILE.csv"
+    return f"no {what} ships for {task}-{side}: make one ({command}) and {named}"
+
+
 def _named(text: str, task: str | None) -> tuple[str, int] | None:
     """("maze", 10) of "maze-10"; None for anything else, and where no such set ships nor can be made.
 
     Of tasks without a short name that of `task` alone is known."""
-    name, _, side = text.rpartition("-")
+    word, _, side = text.rpartition("-")
+    name = task_name(word)
     if name not in (*TASKS, task) or not side.isdecimal() or int(side) not in task_class(name).sides:
         return None
-    return (name, int(side)) if text in SHIPPED or hasattr(task_class(name), "quick") else None
+    return (name, int(side)) if f"{name}-{side}" in SHIPPED or hasattr(task_class(name), "quick") else None
 
 
 def _made(task: str, side: int, split: str, limit: int | None) -> PuzzleSet:

@@ -92,9 +92,10 @@ def _collect(
         if len(rows) == spec.count:
             break
     if len(rows) < spec.count:
+        left = ", or leave more solutions to this file: make the other one with --grid-classes" if excluded else ""
         raise UserError(
             f"after {len(rows)} of {spec.count} puzzles of the task {task.name}, {_MAX_ATTEMPTS:,} items held no "
-            "further one; ask for a wider range or fewer puzzles"
+            f"further one; ask for a wider range or fewer puzzles{left}"
         )
     questions, answers, ratings = zip(*rows, strict=True)
     sources = (f"reasoning-gym-{task.name}",) * spec.count

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from hrm_rl.errors import UserError, nearest
+from hrm_rl.errors import UserError, near_class, nearest
 
 TASKS = {
     "sudoku": "hrm_rl.tasks.sudoku.Sudoku",
@@ -93,16 +93,23 @@ class Makes(Protocol):
         ...
 
 
+def task_name(word: str) -> str:
+    """A short name as TASKS spells it, where it was written with hyphens (mini-sudoku); anything else as it is."""
+    spelt = word.replace("-", "_")
+    return spelt if spelt in TASKS else word
+
+
 def task_class(name: str) -> type[Task]:
     """The class of that name ("sudoku") or import path ("package.module.Class"). UserError names the known ones."""
-    path = TASKS.get(name, name)
+    path = TASKS.get(task_name(name), name)
     module_name, _, attribute = path.rpartition(".")
     if not module_name:
         raise UserError(f"unknown task {name!r}{nearest(name, TASKS)} (known: {', '.join(TASKS)})")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"task {name!r} cannot be imported ({error})") from None
+        hint = near_class(error, attribute, lambda kind: hasattr(kind, "sides"))
+        raise UserError(f"task {name!r} cannot be imported ({error}){hint}") from None
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from hrm_testing import close, small_puzzles, small_trainer, tiny_config
 
 from hrm_rl import measure
 from hrm_rl.core import HRMCore, State, build_core
-from hrm_rl.core.implicit import Settings, solve
+from hrm_rl.core.implicit import Settings, fixed_point, solve
 from hrm_rl.core.recurrent import Inputs, RecurrentCore
 from hrm_rl.errors import UserError
 
@@ -284,6 +284,18 @@ def test_nothing_to_do():
     assert found.residual.tolist() == [0, 0] and found.steps.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_fixed_point_takes_no_more_calls_than_it_is_given(steps):
+    calls = []
+
+    def step(state):
+        calls.append(state)
+        return State(state.z_H + 1, state.z_L)  # never comes to rest
+
+    found = fixed_point(step, State(torch.ones(2, 3, 4), torch.ones(2, 3, 4)), Settings(1e-3, steps, "iterate"))
+    assert len(calls) == steps and torch.equal(found.z_H, torch.full((2, 3, 4), 1.0 + steps))
+
+
 # --- in use -------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +335,18 @@ def test_trains_in_the_environment(bootstrap, dtype):
     assert 0 < line["solver/forward_residual"] < 10 and 0 <= line["solver/forward_missed"] <= 1
     assert 0 < line["solver/backward_residual"] < 10 and 0 <= line["solver/backward_missed"] <= 1
     assert all(not torch.equal(a, b) for a, b in zip(before, trainer.core.parameters(), strict=True))
+
+
+def test_a_core_that_ignores_its_state_has_the_one_step_gradient():
+    """Its Jacobian is 0, so the series (I - J)^-1 ends with its first term."""
+    tokens, _ = puzzles()
+    found = {}
+    for gradient in ("one_step", "implicit"):
+        config = tiny_config(kind="direct_transformer", gradient=gradient)
+        core = build_core(config, torch.Generator().manual_seed(1))
+        found[gradient] = gradients(core, tokens)
+    assert set(found["implicit"]) == set(found["one_step"]) and core.solved["backward"].tolist() == [0, 0, 0]
+    assert all(torch.equal(g, found["one_step"][name]) for name, g in found["implicit"].items())
 
 
 def test_other_gradients_log_no_solver():

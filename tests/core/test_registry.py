@@ -158,7 +158,9 @@ def test_a_file_without_a_kind_is_hrms(tmp_path):
 def test_what_names_no_core_says_so():
     for kind, said in (("trn", "did you mean 'trm'"), ("nowhere.Core", "cannot be imported .ModuleNotFoundError"),
                        ("hrm_rl.core.CoreConfig", "no subclass"), ("hrm_rl.core.RecurrentCore", "no subclass"),
-                       ("hrm_rl.core.Nothing", "cannot be imported"), (".", "one of hrm, recurrent_transformer")):
+                       ("hrm_rl.core.Nothing", "cannot be imported"),
+                       ("hrm_rl.core.hrm.HRMCor", "no attribute 'HRMCor'.*; did you mean 'HRMCore'"),
+                       (".", "one of hrm, recurrent_transformer")):
         with pytest.raises(UserError, match=said):
             find_core(kind)
     assert find_core("hrm_rl.core.hrm.HRMCore") is HRMCore is CORES["hrm"]

@@ -125,6 +125,11 @@ BAD = [
     (Q + "  a: {lr: .nan}\n", "s.yaml:3: lr must be a finite number, not nan"),
     (Q + "  a: {lr: fast}\n", "s.yaml:3: lr must be a number, not 'fast'"),
     (Q + "  a: {lr: []}\n", "s.yaml:3: lr holds no value"),
+    (Q + "  gamma: [0.5, 0.9]\n", "s.yaml:3: 'gamma' stands where the name of a block belongs: write arms: {any_name: "
+     "{gamma: [0.5, 0.9]}}, or a list, - {gamma: [0.5, 0.9]}"),
+    (Q + "  replay: uniform\n", "s.yaml:3: 'replay' stands where the name of a block belongs: write arms: {any_name: "
+     "{replay: uniform}}"),
+    (Q + "  gamma: []\n", "s.yaml:3: 'gamma' holds an empty list"),
     (Q + "  a: {lr:}\n", "s.yaml:3: lr must be a number, not None"),
     (Q + "  a: 3\n", "s.yaml:3: block 'a' must hold settings"),
     (Q + "  a: {lr: {x: 1}}\n", "s.yaml:3: lr must be a number, not {'x': 1}"),
@@ -188,6 +193,14 @@ BAD_LIVE = [
     ("a: {optim: {beta1: 3}}", "s.yaml:5: optim.beta1 must be between 0 and 1, not 3"),
     ("a: {agent: qq}", "s.yaml:5: agent 'qq' is unknown"),
     ("a: {agent_args: {epsilom: 1}}", "s.yaml:5: agent_args of QHaltingAgent: unknown 'epsilom'; did you mean"),
+    ("a: {core: {kind: nosuch}}", "s.yaml:5: core.kind must be one of hrm, recurrent_transformer, direct_transformer"),
+    ("a: {core: {kind: [trm, no.such.Core]}}", "s.yaml:5: core.kind: 'no.such.Core' cannot be imported"),
+    ("bootstrap: [none, extra_forward]", "s.yaml:5: 'bootstrap' stands where the name of a block belongs: write arms: "
+     "{any_name: {bootstrap: [none, extra_forward]}}, or a list, - {bootstrap: [none, extra_forward]}"),
+    ("core: {kind: trm}", "s.yaml:5: 'core' stands where the name of a block belongs: write arms: {any_name: {core: "
+     "{kind: trm}}}, or a list, - {core: {kind: trm}}"),
+    ("optim: [{lr: 1}, {lr: 2}]", "s.yaml:5: 'optim' stands where the name of a block belongs"),
+    ("agent_args: {epsilon: 1}", "s.yaml:5: 'agent_args' stands where the name of a block belongs"),
     ("a: {core: {num_heads: 5}}", "s.yaml:5: core.hidden_size (96) must be a multiple of core.num_heads (5)"),
 ]
 
@@ -197,6 +210,44 @@ def test_bad_live_arms(read, line, said):
     with pytest.raises(UserError) as error:
         read(f"{JOINT}  {line}\n")
     assert re.search(re.escape(said), str(error.value)) and "\n" not in str(error.value)
+
+
+def test_a_block_may_bear_the_name_of_a_field(read):
+    study = read(JOINT + "  core: {core: {kind: trm}}\n  bootstrap: [{bootstrap: none}, {num_envs: 2}]\n")
+    assert names(study) == ["baseline", "core.kind=trm", "bootstrap=none", "num_envs=2"]
+    assert names(read(Q + "  gamma: {gamma: [0.5, 0.9]}\n")) == ["baseline", "gamma=0.5", "gamma=0.9"]
+
+
+@pytest.mark.parametrize(("blocks", "said"), [
+    ("- {period: 7}", [("period=7", "baseline")]),
+    ("- {period: [7, 8]}", [("period=7", "baseline"), ("period=8", "baseline")]),
+    ("- {period: [100, 7]}", [("period=7", "baseline")]),  # 100 is the baseline's own
+    ("- {target: [none, polyak], weight_decay: 0.1, period: [7, 8]}",
+     [("target=none weight_decay=0.1 period=7", "baseline"), ("target=none weight_decay=0.1 period=8", "baseline"),
+      ("target=polyak weight_decay=0.1 period=8", "target=polyak")]),
+    ("- {target: [none, polyak], weight_decay: 0.1}", []),
+    ("- {target: polyak, period: [7, 8]}", [("target=polyak period=8", "target=polyak")]),
+    ("- {weight_decay: 0.1}", [("weight_decay=0.1", "baseline")]),
+    ("- {target: polyak, period: 7}\n  - {name: slow, target: polyak}", []),  # it is slow, and slow it is called
+    ("- {name: slow, target: polyak}\n  - {target: polyak, period: 7}", [("target=polyak period=7", "slow")]),
+    ("- {target: [none, polyak], tau: [0.1, 0.2]}", []),  # crossed: tau counts beside one of them
+    ("- {gamma: [0.9, 1]}", []), ("- {gamma: [0.9, 0.8]}\n  - {gamma: [0.9, 0.7], target: [none, hard]}", []),
+])  # fmt: skip
+def test_what_has_no_effect_is_said(read, blocks, said):
+    assert list(read(f"{Q}  {blocks}\n").without_effect) == said
+
+
+def test_calls_of_a_gradient_that_does_not_count_them_are_no_difference(read):
+    study = read(JOINT + "  a: {core: {gradient: [one_step, last_k], gradient_k: [2, 3]}}\n"
+                         "  b: {core: {gradient_k: 4}}\n")  # fmt: skip
+    assert names(study) == ["baseline", "core.gradient=one_step", "core.gradient=last_k",
+                            "core.gradient=last_k core.gradient_k=3"]  # fmt: skip
+    assert study.without_effect == (("core.gradient_k=4", "baseline"),)
+
+
+@pytest.mark.parametrize("name", spec.shipped_studies())
+def test_shipped_studies_ask_for_nothing_without_effect(name):
+    assert spec.load_study(spec.find_study(name)).without_effect == ()
 
 
 # --- the studies that ship ------------------------------------------------------------------------------------

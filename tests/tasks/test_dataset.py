@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import hrm_rl.tasks
-from hrm_rl import generate
+from hrm_rl import evaluate, generate
 from hrm_rl.errors import UserError
-from hrm_rl.tasks import get_task, load_puzzles
+from hrm_rl.tasks import get_task, load_puzzles, task_class
 from hrm_rl.tasks.generate import canonical_grids
 
 DATA = Path(hrm_rl.tasks.__file__).parent / "data"
@@ -136,3 +136,17 @@ def test_shapes_are_checked():
     puzzles = load_puzzles("sudoku-4", limit=2)
     with pytest.raises(ValueError, match=r"questions must be \(2, 81\)"):
         hrm_rl.tasks.PuzzleSet("sudoku", 9, puzzles.questions, puzzles.answers, puzzles.ratings, puzzles.sources, "x")
+
+
+def test_a_short_name_may_have_hyphens(tmp_path):
+    """In every place that takes one; what comes out has the name's own spelling."""
+    assert task_class("mini-sudoku") is task_class("mini_sudoku") and get_task("mini-sudoku", 4).name == "mini_sudoku"
+    one, other = (load_puzzles("mini-sudoku-4", 4, "test", 3, task=task) for task in (None, "mini-sudoku"))
+    assert one.task == other.task == "mini_sudoku" and one.sha256 == other.sha256 and one.name == "mini_sudoku-4 (test)"
+    assert generate.named_task(["--task", "mini-sudoku"]) == "mini_sudoku"
+    loaded = evaluate.load_asked(None, task="mini-sudoku")
+    assert evaluate.task_of(loaded, "mini-sudoku") == evaluate.task_of(loaded) == ("mini_sudoku", 4)
+    with pytest.raises(UserError, match="unknown task 'mini-sudku'; did you mean 'mini_sudoku'"):
+        task_class("mini-sudku")
+    with pytest.raises(UserError, match="has no attribute 'Sudok'.; did you mean 'Sudoku'"):
+        task_class("hrm_rl.tasks.sudoku.Sudok")

@@ -210,8 +210,10 @@ def test_without_the_package_the_sets_that_ship_load_and_one_line_says_what_othe
     assert len(load_puzzles("futoshiki-4", split="test", limit=5)) == 5
     with pytest.raises(UserError, match=r"reasoning-gym is not installed .pip install .hrm_rl\[reasoning\]"):
         generate.main(["--task", "n_queens", "--count", "3", "--out", str(tmp_path / "x.csv")])
-    with pytest.raises(UserError, match="no set ships for futoshiki-5: make one .python -m hrm_rl.generate "):
+    with pytest.raises(UserError, match="no training set ships for futoshiki-5: make one .* name it as the data"):
         load_puzzles("futoshiki-5")
+    with pytest.raises(UserError, match="no test set ships .*--exclude-grids-of .*--test-data in training"):
+        load_puzzles("futoshiki-5", split="test")
     assert not list(tmp_path.iterdir())
 
 
@@ -236,6 +238,10 @@ def test_requests_for_more_than_there_is_end(monkeypatch):
     monkeypatch.setattr(reasoning, "_MAX_ATTEMPTS", 50)
     with pytest.raises(UserError, match="after .* of 500 puzzles of the task n_queens"):
         reasoning.NQueens.generate(reasoning.NQueensSpec(side=4, count=500))
+    board = reasoning.NQueens.generate(reasoning.NQueensSpec(side=4, count=1))
+    spec, known = reasoning.NQueensSpec(side=4, count=1), {reasoning.NQueens.form(board.questions[0], board.answers[0])}
+    with pytest.raises(UserError, match="leave more solutions to this file: make the other one with --grid-classes"):
+        reasoning.NQueens.generate(spec, known)  # 4 queens have one solution, up to symmetry
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
