@@ -136,7 +136,8 @@ def test_which_slots_shared_prefix_all_looks_ahead_of(slots):
 
 # --- resume -------------------------------------------------------------------------------------------------
 
-COMBINATIONS = [("adamw", o, b) for o in ("joint", "q") for b in BOOTSTRAPS]
+COMBINATIONS = [("adamw", o, b) for o in ("joint", "q") for b in BOOTSTRAPS if b != "shared_prefix_all"]
+COMBINATIONS += [("adamw", "joint", "shared_prefix_all")]
 COMBINATIONS += [("adamw", "supervised", "shared_prefix"), ("muon", "joint", "shared_prefix"), ("muon", "q", "none")]
 COMBINATIONS += [("adam_atan2", "joint", "shared_prefix")]
 
