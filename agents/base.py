@@ -54,6 +54,8 @@ class Transition(NamedTuple):
     ended: Tensor  # (B,) bool, whether the episode ended here (a wish to go on past max_steps included)
     supervised: Tensor | None = None  # (B,) float32, each puzzle's supervised loss here, no gradient; None where the
     # core is not trained, and in the delayed transitions of bootstrap=next_observation
+    looked: Tensor | None = None  # (B,) bool, slots that halt and whose next_z_H is of their own puzzle all the same;
+    # None but with bootstrap=shared_prefix_all
 
 
 class AgentLoss(NamedTuple):

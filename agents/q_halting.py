@@ -89,7 +89,8 @@ class QHaltingAgent(HaltingAgent):
             with torch.no_grad():
                 next_q_logits = self.scores(transition.next_z_H)
         target_continue, has_continue = q_targets.one_step_targets(
-            self.bootstrap, next_q_logits, transition.is_correct, view.steps >= self.max_steps, transition.ended
-        )
+            self.bootstrap, next_q_logits, transition.is_correct, view.steps >= self.max_steps, transition.ended,
+            looked=transition.looked,
+        )  # fmt: skip
         target_halt = q_targets.halt_target(transition.is_correct)
         return q_targets.q_losses(transition.q_logits, target_halt, target_continue, view.valid, has_continue)

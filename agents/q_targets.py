@@ -9,6 +9,8 @@ is a continue target (DESIGN, section 4):
 
 - extra_forward     one more segment from the detached state with today's weights; every slot
 - shared_prefix     a gradient-free run of the segment that comes next; slots that continue, or are at the budget
+- shared_prefix_all the same, and one more segment of slots that halt before the budget, of a quarter of all slots at
+                    most: nearly every slot has a target, as with extra_forward, at a fraction of its price
 - next_observation  the next observation the environment returned; likewise
 - none              no continue target at all (TRM, arXiv:2510.04871)
 """
@@ -21,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Bootstrap = Literal["extra_forward", "shared_prefix", "next_observation", "none"]
-BOOTSTRAPS: tuple[str, ...] = ("extra_forward", "shared_prefix", "next_observation", "none")
+Bootstrap = Literal["extra_forward", "shared_prefix", "shared_prefix_all", "next_observation", "none"]
+BOOTSTRAPS: tuple[str, ...] = ("extra_forward", "shared_prefix", "shared_prefix_all", "next_observation", "none")
 Loss = Literal["bce", "mse_values", "mse_logits"]
+HALTED_SHARE = 4  # shared_prefix_all looks ahead of one slot in so many (rounded up) that halt before the budget
 
 
 def q_values(q_logits: Tensor, loss: Loss = "bce") -> Tensor:
@@ -87,7 +90,7 @@ def continue_mask(bootstrap: str, continued: Tensor, at_limit: Tensor) -> Tensor
     """
     if bootstrap == "extra_forward":
         return torch.ones_like(continued)
-    if bootstrap in ("shared_prefix", "next_observation"):
+    if bootstrap in ("shared_prefix", "shared_prefix_all", "next_observation"):
         return continued | at_limit
     if bootstrap == "none":
         return torch.zeros_like(continued)
@@ -97,18 +100,21 @@ def continue_mask(bootstrap: str, continued: Tensor, at_limit: Tensor) -> Tensor
 def one_step_targets(
     bootstrap: str, next_q_logits: Tensor | None, is_correct: Tensor, at_limit: Tensor, ended: Tensor,
     gamma: float = 1.0, ponder_cost: float = 0.0, chosen_by: Tensor | None = None, loss: Loss = "bce",
+    looked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(target (B,) float32 without gradient, has_target (B,) bool) of CONTINUE, as the bootstrap mode has it.
 
     next_q_logits (B, 2) of the segment bootstrapped from; None where there is none (bootstrap=none, or a budget of
-    one segment). is_correct, at_limit, ended (B,) bool; the rest as for `continue_target`.
+    one segment). is_correct, at_limit, ended (B,) bool; looked (B,) bool: slots that halt and whose next_q_logits are
+    of their own puzzle all the same (shared_prefix_all); the rest as for `continue_target`.
     """
     if next_q_logits is None:
         return torch.zeros_like(is_correct, dtype=torch.float32), torch.zeros_like(ended)
     target = continue_target(next_q_logits, at_limit, gamma, ponder_cost, chosen_by, loss)
     if bootstrap != "extra_forward":
         target = grounded_target(target, is_correct, at_limit)
-    return target, continue_mask(bootstrap, ~ended, at_limit)
+    has_target = continue_mask(bootstrap, ~ended, at_limit)
+    return target, has_target if looked is None else has_target | looked
 
 
 class QLosses(NamedTuple):

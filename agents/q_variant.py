@@ -236,7 +236,7 @@ class QVariantAgent(QHaltingAgent):
             next_q_logits = self._value(next_z_H)
         target, has_target = q_targets.one_step_targets(
             self.bootstrap, next_q_logits, transition.is_correct, view.steps >= self.max_steps, transition.ended,
-            arm.gamma, arm.ponder_cost, chosen_by, arm.loss,
+            arm.gamma, arm.ponder_cost, chosen_by, arm.loss, transition.looked,
         )  # fmt: skip
         target_halt = q_targets.halt_target(transition.is_correct)
         return q_targets.q_losses(q_logits, target_halt, target, view.valid, has_target, arm.loss)
@@ -252,6 +252,8 @@ class QVariantAgent(QHaltingAgent):
         }  # fmt: skip
         if transition.next_z_H is not None:
             kept["next_z"] = transition.next_z_H[:, 0]
+        if transition.looked is not None:
+            kept["looked"] = transition.looked
         replay.push(memory, self._room(len(view.steps)), **kept)
         key = rng.fold(view.key, view.steps)
         age = rng.integers(rng.fold(key, _DRAW), replay.filled(memory))
@@ -260,6 +262,7 @@ class QVariantAgent(QHaltingAgent):
         then = transition._replace(
             view=seen, q_logits=self.scores(seen.z_H), actions=drawn["actions"], is_correct=drawn["is_correct"],
             ended=drawn["ended"], next_z_H=drawn["next_z"][:, None] if "next_z" in kept else None,
+            looked=drawn.get("looked"),
         )  # fmt: skip
         if self.bootstraps:
             return self._one_step(then, then.q_logits, key)

@@ -65,7 +65,7 @@ class TrainBench:
     Args:
         model: small (hidden 128, 2+2 layers), paper (hidden 512, 4+4 layers), or default (the recipe of hrm_rl.train).
         train_config: A YAML file of hrm_rl.train to time in place of a model.
-        bootstrap: Bootstrap modes: extra_forward, shared_prefix, next_observation, none.
+        bootstrap: Bootstrap modes: extra_forward, shared_prefix, shared_prefix_all, next_observation, none.
         compile: off, on, or both.
         cuda_graph: off, on, or both: updates replayed as one CUDA graph (a GPU).
         dtype: float32, bfloat16, float16; auto is what hrm_rl.train would choose.

@@ -106,7 +106,8 @@ class TrainConfig:
             and not held by the optimiser).
         q_to_core: Whether the gradient of the Q-loss reaches the core (joint only).
         bootstrap: Where the target of CONTINUE comes from: extra_forward (the release), shared_prefix,
-            next_observation (never reaches the core), none (no continue loss).
+            shared_prefix_all (the same, and one more segment of slots that halt), next_observation (never reaches the
+            core), none (no continue loss).
         loss: The supervised loss: softmax or stablemax cross entropy.
         supervised_weight: Weight of the supervised loss.
         halt_weight: Weight of the loss of q_halt (0.5 in the release).

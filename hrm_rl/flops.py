@@ -25,6 +25,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from agents.q_targets import HALTED_SHARE
 from hrm_rl.core import CoreConfig, build_core
 from hrm_rl.errors import UserError
 
@@ -110,6 +111,8 @@ def update_flops(
     learns_q, learns_core = has_q_head and objective != "supervised", objective != "q"
     looks_ahead = learns_q and (max_steps > 1 or bootstrap == "next_observation")
     ahead = sum(getattr(segment, part) for part in _AHEAD[bootstrap]) if looks_ahead else 0
+    if bootstrap == "shared_prefix_all" and looks_ahead:
+        ahead += segment.forward // HALTED_SHARE
     head = 2 * config.hidden_size * 2
     calls = int(has_q_head)  # the decision
     if learns_q:
@@ -123,7 +126,8 @@ def update_flops(
 
 #: What each bootstrap mode runs beside the segment itself.
 _AHEAD: dict[str, tuple[str, ...]] = {
-    "extra_forward": ("prefix", "tail"), "shared_prefix": ("tail",), "next_observation": (), "none": (),
+    "extra_forward": ("prefix", "tail"), "shared_prefix": ("tail",), "shared_prefix_all": ("tail",),
+    "next_observation": (), "none": (),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import hrm_rl  # noqa: F401 - registers the environments
 from agents import AgentLoss, HaltingAgent, QHaltingAgent, Transition, View, decide, make_agent, raise_fault, view_of
-from agents.q_targets import QLosses
+from agents.q_targets import HALTED_SHARE, QLosses
 from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import cuda_graph, evaluation, measure
@@ -382,9 +382,23 @@ class Trainer:
             return transition
         if mode == "shared_prefix":
             return transition._replace(next_z_H=self.envs.lookahead(transition.actions).z_H)
+        if mode == "shared_prefix_all":
+            return self._looking_after_halts(slots, transition)
         with torch.no_grad():
             output = self.segment(slots.tokens, State(slots.z_H, slots.z_L).detach())
             return transition._replace(next_z_H=output.state.z_H)
+
+    @torch.no_grad()
+    def _looking_after_halts(self, slots: Slots, transition: Transition) -> Transition:
+        """Each slot's next segment: of those that halt one more of the old puzzle, of as many as there is room for."""
+        z_H = self.envs.lookahead(transition.actions).z_H.clone()
+        halts = transition.ended & (slots.steps < self.config.max_steps)
+        room = -(-self.num_slots // HALTED_SHARE)
+        rows = halts.int().argsort(descending=True, stable=True)[:room]  # those that halt come first
+        output = self.segment(slots.tokens[rows], State(slots.z_H[rows], slots.z_L[rows]))
+        z_H[rows] = torch.where(halts[rows, None, None], output.state.z_H, z_H[rows])
+        looked = torch.zeros_like(halts).index_put((rows,), halts[rows])
+        return transition._replace(next_z_H=z_H, looked=looked)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hrm_testing import small_trainer
+from hrm_testing import MODES, small_trainer
 
 from agents import FixedAgent
 from agents.q_targets import BOOTSTRAPS
@@ -46,7 +46,7 @@ def parameters(trainer, part: str) -> set[str]:
     return {f"{part}.{name}" for name, _ in module.named_parameters()}
 
 
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 @pytest.mark.parametrize("q_to_core", [True, False])
 @pytest.mark.parametrize("objective", ["joint", "supervised", "q"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -61,7 +61,7 @@ def test_what_moves(optimizer, objective, q_to_core, bootstrap):
     assert moved(trainer) == expected  # H_init and L_init are buffers: they never move
 
 
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 @pytest.mark.parametrize("q_to_core", [True, False])
 def test_what_the_q_loss_does_to_the_core(q_to_core, bootstrap):
     """q_to_core=false: the gradient on the core is the supervised one bit for bit, update after update."""
@@ -78,7 +78,7 @@ def test_what_the_q_loss_does_to_the_core(q_to_core, bootstrap):
         assert trainer.agent.q_head.weight.grad is not None
 
 
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 def test_the_first_joint_core_step_without_q_is_the_supervised_one(bootstrap):
     """Two whole runs: the cores of `joint --q-to-core false` and `supervised` are equal after an update."""
     joint = trainer_with_head(objective="joint", q_to_core=False, bootstrap=bootstrap)

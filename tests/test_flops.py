@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hrm_testing import small_core, small_trainer
+from hrm_testing import MODES, small_core, small_trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -95,7 +95,7 @@ def update_of(core: CoreConfig, bootstrap: str, objective: str, agent=QHaltingAg
     return counted(trainer.update), SLOTS * expected.total
 
 
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 @pytest.mark.parametrize("objective", ["joint", "supervised", "q"])
 @pytest.mark.parametrize("mixing", ["attention", "mlp", "grid"])
 def test_an_update_counts_what_pytorch_counts(mixing, objective, bootstrap):
@@ -110,7 +110,7 @@ def test_an_update_of_every_core_and_reach(kind, gradient):
     assert got == expected
 
 
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 @pytest.mark.parametrize("budget", [1, 4])
 def test_an_update_with_other_switches(bootstrap, budget):
     got, expected = update_of(small_core(), bootstrap, "joint", q_to_core=False, max_steps=budget)
@@ -121,8 +121,9 @@ def test_an_update_with_other_switches(bootstrap, budget):
 
 def test_the_counts_differ_where_they_should():
     core = small_core()
-    extra, shared, after, none = (update_flops(core, b).total for b in BOOTSTRAPS)
+    extra, shared, both, after, none = (update_flops(core, b).total for b in BOOTSTRAPS)
     assert extra - shared == segment_flops(core).prefix
+    assert both - shared == segment_flops(core).forward / 4
     assert shared - after > 0.9 * segment_flops(core).tail  # the head is scored once more there
     assert none < after < shared < extra
     assert update_flops(core, "none", "q").backward == 0

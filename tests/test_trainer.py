@@ -7,7 +7,7 @@ import torch
 from hrm_testing import counting_core, lively_trainer, small_puzzles, small_trainer
 from safetensors.torch import load
 
-from agents import FixedAgent, HaltingAgent, QHaltingAgent
+from agents import FixedAgent, HaltingAgent, QHaltingAgent, q_targets
 from agents.q_targets import BOOTSTRAPS
 from hrm_rl.checkpoint import load_checkpoint, save_checkpoint
 from hrm_rl.config import OptimConfig
@@ -93,13 +93,51 @@ def test_core_calls_an_update(puzzles):
         for _ in range(5):
             trainer.update()
         calls[mode] = (core.calls - before) / 5
-    # The counting core has no prefix, so shared_prefix pays a whole look ahead as well.
-    assert calls == {"extra_forward": 2, "shared_prefix": 2, "next_observation": 1, "none": 1}
+    # The counting core has no prefix, so shared_prefix pays a whole look ahead as well; shared_prefix_all calls it once
+    # more for a quarter of the slots.
+    assert calls == {
+        "extra_forward": 2, "shared_prefix": 2, "shared_prefix_all": 3, "next_observation": 1, "none": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("slots", [8, 5])
+def test_which_slots_shared_prefix_all_looks_ahead_of(slots):
+    """Those that go on: the segment that comes next, as shared_prefix; those that halt, as far as there is room: one
+    more of their own puzzle, as extra_forward; all others have no target."""
+
+    class Wanted(QHaltingAgent):
+        def act(self, view, q_logits=None, explore=False):
+            return (view.key % 3 == 0).long()  # two of three halt
+
+    seen = {}
+    for mode in ("shared_prefix", "extra_forward", "shared_prefix_all"):
+        trainer = small_trainer(Wanted, bootstrap=mode, num_envs=slots, optim={"lr": 0.0, "weight_decay": 0.0})
+        kept = []
+        own = trainer.agent.loss
+        trainer.agent.loss = lambda transition, kept=kept, own=own: kept.append(transition) or own(transition)
+        for _ in range(6):
+            trainer.update()
+        seen[mode] = kept
+    room, covered = -(-slots // 4), 0
+    for shared, extra, both in zip(*seen.values(), strict=True):
+        assert torch.equal(both.ended, shared.ended) and both.looked.sum() <= room
+        halts = both.ended & (both.view.steps < 4)
+        assert both.looked.sum() == min(room, int(halts.sum())) and not (both.looked & ~halts).any()
+        for part, other in ((both.looked, extra), (~both.looked, shared)):
+            torch.testing.assert_close(both.next_z_H[part], other.next_z_H[part], atol=5e-5, rtol=0)
+        if both.looked.any():  # negative control: in the slot another puzzle comes next
+            assert not torch.allclose(both.next_z_H[both.looked], shared.next_z_H[both.looked], atol=1e-3)
+        has = q_targets.one_step_targets("shared_prefix_all", torch.zeros(slots, 2), both.is_correct,
+                                         both.view.steps >= 4, both.ended, looked=both.looked)[1]  # fmt: skip
+        assert torch.equal(has, ~both.ended | (both.view.steps >= 4) | both.looked)
+        covered += int(both.looked.sum())
+    assert covered >= 4
 
 
 # --- resume -------------------------------------------------------------------------------------------------
 
-COMBINATIONS = [("adamw", o, b) for o in ("joint", "q") for b in BOOTSTRAPS]
+COMBINATIONS = [("adamw", o, b) for o in ("joint", "q") for b in BOOTSTRAPS if b != "shared_prefix_all"]
+COMBINATIONS += [("adamw", "joint", "shared_prefix_all")]
 COMBINATIONS += [("adamw", "supervised", "shared_prefix"), ("muon", "joint", "shared_prefix"), ("muon", "q", "none")]
 COMBINATIONS += [("adam_atan2", "joint", "shared_prefix")]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hrm_testing import lively_trainer, small_trainer
+from hrm_testing import MODES, lively_trainer, small_trainer
 
 from agents import FixedAgent
-from agents.q_targets import BOOTSTRAPS
 from envs.actions import HALT
 from hrm_rl.metrics import TAGS
 from hrm_rl.trainer import NonFiniteError
 
 
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 @pytest.mark.parametrize("objective", ["joint", "supervised", "q"])
 def test_every_logged_tag_is_explained(objective, bootstrap):
     trainer = small_trainer(objective=objective, bootstrap=bootstrap)

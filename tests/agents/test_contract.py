@@ -6,11 +6,10 @@ import re
 
 import pytest
 import torch
-from hrm_testing import ROOT, counting_core, small_core, small_puzzles, small_trainer
+from hrm_testing import MODES, ROOT, counting_core, small_core, small_puzzles, small_trainer
 
 from agents import AGENTS, HaltingAgent, QHaltingAgent, View, decide, make_agent, view_of
 from agents.halt_logit import HaltLogitAgent
-from agents.q_targets import BOOTSTRAPS
 from envs import CONTINUE, HALT, SlotEngine
 from envs.previous import Previous
 from hrm_rl.core import HRMCore
@@ -251,7 +250,7 @@ def test_without_its_memory_a_resumed_run_differs():
     assert halted == [True, False]
 
 
-@pytest.mark.parametrize("mode", BOOTSTRAPS)
+@pytest.mark.parametrize("mode", MODES)
 def test_evaluation_in_the_middle_of_training_leaves_the_memory_alone(mode):
     class Remembers(QHaltingAgent):
         def act(self, view, q_logits=None, explore=False):

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import MethodType
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents import QHaltingAgent
+from agents.q_targets import BOOTSTRAPS
 from hrm_rl.config import OptimConfig, TrainConfig
 from hrm_rl.core import CoreConfig, HRMCore
 from hrm_rl.core.counting import CountingCore
@@ -203,6 +205,10 @@ def losses_of(trainer) -> dict[str, float]:
     """The loss terms of the latest update, per slot; call it after every update."""
     taken = trainer.sums.take()
     return {name.removeprefix("loss/"): value for name, value in taken.items() if name.startswith("loss/")}
+
+
+#: The bootstrap modes as parameters of tests; what is hardly another one is left to the slow run.
+MODES = [pytest.param(mode, marks=pytest.mark.slow) if mode == "shared_prefix_all" else mode for mode in BOOTSTRAPS]
 
 
 # --- the device ---------------------------------------------------------------------------------------------
