@@ -740,10 +740,10 @@ def _train_lines(result: dict[str, Any]) -> list[str]:
             f"{_megabytes(row.get('peak_memory')):>8}{'-' if start is None else f'{start:.1f}':>9}"
         )
     for ratio in result["ratios"]:
-        goal = BOOTSTRAP_GOALS[ratio["bootstrap"]]
-        r = ratio["ratio"]
-        lines.append(f"{ratio['name']}: {r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f}) times extra_forward, "
-                     + _goal(r["median"] >= goal, f"{goal:g}"))  # fmt: skip
+        r, goal = ratio["ratio"], BOOTSTRAP_GOALS.get(ratio["bootstrap"])
+        against = "" if goal is None else f", {_goal(r['median'] >= goal, f'{goal:g}')}"
+        rate = f"{r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})"
+        lines.append(f"{ratio['name']}: {rate} times extra_forward{against}")
     for row in rows:
         goal = UTILISATION_GOALS.get((result["model"], row["dtype"]))
         if goal and row["compiled"]:

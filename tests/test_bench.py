@@ -14,6 +14,7 @@ import torch
 import yaml
 from hrm_testing import small_core
 
+from agents.q_targets import BOOTSTRAPS
 from hrm_rl import bench, timing
 from hrm_rl.bench_cores import saved_bytes
 from hrm_rl.core import CORES, HRMCore, RecurrentCore, build_core
@@ -208,6 +209,14 @@ def test_a_fall_back_to_eager_is_refused(tiny, quick, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile.func, backend=failing))
     with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(UserError, match="fell back to eager"):
         bench.bench_train(train(tiny, "--compile", "on", "--dtype", "float32", "--bootstrap", "none"))
+
+
+def test_every_mode_is_reported(tiny, quick):
+    flags = ["--bootstrap", ",".join(BOOTSTRAPS), "--compile", "off", "--dtype", "float32"]
+    lines = bench.report({"command": "x", "machine": "x", "date": "x"} | bench.bench_train(train(tiny, *flags)))
+    for mode in BOOTSTRAPS[1:]:
+        (line,) = [line for line in lines if line.startswith(f"{mode}, eager, float32: ") and "times" in line]
+        assert ("goal" in line) == (mode in bench.BOOTSTRAP_GOALS)
 
 
 def test_a_graph_needs_a_gpu(tiny):
