@@ -392,13 +392,18 @@ class Trainer:
     def _looking_after_halts(self, slots: Slots, transition: Transition) -> Transition:
         """Each slot's next segment: of those that halt one more of the old puzzle, of as many as there is room for."""
         z_H = self.envs.lookahead(transition.actions).z_H.clone()
-        halts = transition.ended & (slots.steps < self.config.max_steps)
+        rows, looked = self.slots_that_halt(slots, transition.ended)
+        output = self.segment(slots.tokens[rows], State(slots.z_H[rows], slots.z_L[rows]))
+        z_H[rows] = torch.where(looked[rows, None, None], output.state.z_H, z_H[rows])
+        return transition._replace(next_z_H=z_H, looked=looked)
+
+    def slots_that_halt(self, slots: Slots, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows (K,), looked (B,) bool) of bootstrap=shared_prefix_all: the slots that are run once more, and those of
+        them that halt before the budget. K is a share of all slots, so other rows may be among them."""
+        halts = ended & (slots.steps < self.config.max_steps)
         room = -(-self.num_slots // HALTED_SHARE)
         rows = halts.int().argsort(descending=True, stable=True)[:room]  # those that halt come first
-        output = self.segment(slots.tokens[rows], State(slots.z_H[rows], slots.z_L[rows]))
-        z_H[rows] = torch.where(halts[rows, None, None], output.state.z_H, z_H[rows])
-        looked = torch.zeros_like(halts).index_put((rows,), halts[rows])
-        return transition._replace(next_z_H=z_H, looked=looked)
+        return rows, torch.zeros_like(halts).index_put((rows,), halts[rows])
 
     @torch.no_grad()
     def _average(self) -> None:

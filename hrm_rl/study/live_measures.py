@@ -116,8 +116,8 @@ def gradient_measures(trainer: Trainer) -> dict[str, float]:
 
     Costs the tail of a segment once more, backwards twice, and one whole segment where the targets look ahead. It runs
     on a copy of the agent (its memory, target networks and counters move in `loss`) and on a graph of its own, so that
-    weights, .grad, slots, memory and generators stay as they are. shared_prefix reads its target from a whole segment
-    here, which is the same one for every slot that has a target.
+    weights, .grad, slots, memory and generators stay as they are. shared_prefix (and _all) reads its target from a
+    whole segment here, which is the same one for every slot that has a target.
     """
     core, slots = trainer.core, trainer.envs.slots
     start = trainer.envs.state_dict()
@@ -125,7 +125,8 @@ def gradient_measures(trainer: Trainer) -> dict[str, float]:
     twin = copy.copy(trainer)  # what it sets is its own; what it changes in place is replaced here
     twin.agent = copy.deepcopy(trainer.agent, {id(core): core})
     twin.segment = core
-    if trainer.config.bootstrap == "shared_prefix":
+    mode = trainer.config.bootstrap
+    if mode in ("shared_prefix", "shared_prefix_all"):
         twin.config = replace(trainer.config, bootstrap="extra_forward")
     with torch.enable_grad():
         whole = hasattr(core, "prefix") and hasattr(core, "tail")  # else the state is that before the segment
@@ -133,7 +134,8 @@ def gradient_measures(trainer: Trainer) -> dict[str, float]:
         slots = slots._replace(z_H=output.state.z_H, z_L=output.state.z_L, logits=output.logits)
         view, q_logits, actions = twin._decide(slots)
         ended = (actions == HALT) | (slots.steps >= trainer.config.max_steps)
-        transition = Transition(view, q_logits, actions, slots.is_correct, None, ended)
+        looked = trainer.slots_that_halt(slots, ended)[1] if mode == "shared_prefix_all" else None
+        transition = Transition(view, q_logits, actions, slots.is_correct, None, ended, looked=looked)
         losses, _ = twin._losses(slots, transition)
         parts = {"supervised": None, "q": losses["loss/total"] if twin.learns_q else None}
         if twin.learns_core:

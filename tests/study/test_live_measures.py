@@ -11,6 +11,7 @@ from hrm_testing import counting_core, lively_trainer, small_puzzles, small_trai
 from agents import FixedAgent, QHaltingAgent, Transition
 from agents.lambda_return import LambdaAgent
 from agents.monte_carlo import MonteCarloAgent
+from agents.q_targets import BOOTSTRAPS
 from envs import HALT
 from hrm_rl import evaluation
 from hrm_rl.study import exact, measures
@@ -70,7 +71,7 @@ def test_the_truth_is_that_of_the_core():
     assert live.metrics["regret"] == pytest.approx(best - late)
 
 
-@pytest.mark.parametrize("bootstrap", ["extra_forward", "shared_prefix", "next_observation", "none"])
+@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
 def test_measuring_leaves_no_trace(bootstrap):
     measured, plain = (trained(bootstrap=bootstrap, optim={"ema": 0.9}) for _ in range(2))
     torch.manual_seed(1)
@@ -102,7 +103,7 @@ def test_agents_that_remember_are_measured_on_a_copy(agent):
         assert torch.equal(value, plain.state()[0][name]), name
 
 
-@pytest.mark.parametrize("bootstrap", ["extra_forward", "shared_prefix", "next_observation", "none"])
+@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
 @pytest.mark.parametrize("q_to_core", [True, False])
 def test_gradients_are_those_of_the_update(bootstrap, q_to_core):
     """The update that follows has this gradient, before clipping; by loss, those of runs with one loss alone."""
