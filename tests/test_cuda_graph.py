@@ -12,13 +12,14 @@ import torch
 from hrm_testing import NoWaiting, lively_trainer, small_core, small_trainer
 
 from agents import AGENTS, HaltingAgent, find_agent
+from agents.q_targets import BOOTSTRAPS
 from hrm_rl import cuda_graph
 from hrm_rl.core import build_core
 from hrm_rl.cuda_graph import WARM_UP, Replayed
 from hrm_rl.errors import UserError
 
 LEARN = [name for name in AGENTS if find_agent(name).learns and find_agent(name).capturable]
-MODES = ("extra_forward", "shared_prefix", "next_observation", "none")
+MODES = BOOTSTRAPS
 
 
 def rehearsed(*arguments, **changes):
