@@ -376,7 +376,7 @@ def command(argv: Sequence[str]) -> int:
 
     parser = cli.make_parser("python -m hrm_rl.figures fig5", command.__doc__, config=False)
     parser.add_argument("study", nargs="?", type=str, default="figure5",
-                        help="Study of the runs: figure5 (two CPU cores, about an hour), figure5_gpu (the full public "
+                        help="Study of the runs: figure5 (two CPU cores, 50 minutes), figure5_gpu (the full public "
                         "set) or a YAML file of kind train.")  # fmt: skip
     parser.add_argument("--out", type=str, default="", help="Folder of the study; nothing: studies/NAME.")
     parser.add_argument("--seeds", type=int, default=0, help="Runs an arm; 0 is the study's own number.")

@@ -55,7 +55,7 @@ def cost_of(values: Mapping[str, Any]) -> Cost:
 
     config, _, _ = train_settings(values)
     core = config.core
-    if config.init_core or config.objective == "q":
+    if not config.from_scratch:
         core = load_core(config.init_core, "cpu", size=config.size, task=config.task).core.config
     with torch.device("meta"):
         built = build_core(replace(core, dtype="float32"))
