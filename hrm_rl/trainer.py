@@ -30,7 +30,7 @@ from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import cuda_graph, evaluation, measure
 from hrm_rl.config import TrainConfig, cannot_be_made, check_gradient_k, small_core
-from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core
+from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core, packing
 from hrm_rl.core.io import load_core, model_bytes
 from hrm_rl.core.q_head import QHead
 from hrm_rl.cuda_graph import Replayed
@@ -156,6 +156,7 @@ class Trainer:
         self.envs = self._make_envs()
         self.engine = self.envs.engine
         self.engine.carry(self.agent.sees)
+        packing.prepare(self.core, self.device)
         self.compiled = self._compile()
         trained = {f"core.{n}": p for n, p in self.core.named_parameters()} if self.learns_core else {}
         if self.learns_q:
@@ -258,12 +259,14 @@ class Trainer:
         """
         if self.replayed is not None:
             return self.replayed.update(detailed, before_detailed)
-        self.before_update()
-        details = self.learn(detailed, before_detailed)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.after_update()
-        self.next_segment()
+        with packing.kept():
+            self.before_update()
+            details = self.learn(detailed, before_detailed)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            packing.forget()
+            self.after_update()
+            self.next_segment()
         return details
 
     def before_update(self) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrm_rl.core import packing  # noqa: F401 - defines the operator that `Linear` calls
+
 # Standard deviation of a unit normal cut at +-2: dividing by it restores the requested one.
 _TRUNCATED_STD = 0.87962566103423978
 
@@ -33,13 +35,21 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; LeCun truncated-normal weights (out, in), cast to the dtype of x."""
+    """y = x W^T without bias; LeCun truncated-normal weights (out, in), cast to the dtype of x.
+
+    Attributes:
+        packs: Call the operator of `core/packing.py`, which computes the same.
+    """
+
+    packs = False
 
     def __init__(self, in_features: int, out_features: int, generator: torch.Generator | None = None):
         super().__init__()
         self.weight = nn.Parameter(trunc_normal_(torch.empty(out_features, in_features), in_features**-0.5, generator))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packs:
+            return torch.ops.hrm_rl.linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 

@@ -1,0 +1,180 @@
+"""Packed weights (`hrm_rl/core/packing.py`) give the products of plain ones, and are forgotten when weights change."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agents.q_targets import BOOTSTRAPS
+from hrm_rl.core import HRMCore, packing
+from hrm_rl.core.layers import Linear
+from hrm_rl.devices import can_compile
+from tests.support.hrm_testing import lively_trainer, small_core, tiny_config
+
+CPU = torch.device("cpu")
+SETTINGS = {"hidden_size": 128, "num_heads": 4, "puzzle_emb_ndim": 128, "dtype": "float32"}
+can_pack = pytest.mark.skipif(
+    not packing.prepare(HRMCore(tiny_config(**SETTINGS)), CPU), reason=f"no packed weights on {platform.machine()}"
+)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.hrm_rl.linear(x, weight)
+
+
+def large_trainer(bootstrap: str, compile: str = "off", **optim):
+    core = HRMCore(small_core(**SETTINGS), torch.Generator().manual_seed(0))
+    return lively_trainer(bootstrap=bootstrap, core=core, compile=compile, optim={"lr": 1e-3, **optim})
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.trained.items()}
+
+
+# --- the operator -------------------------------------------------------------------------------------------
+
+
+def test_the_operator_is_what_pytorch_asks_of_one():
+    x, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.hrm_rl.linear, (x, weight))
+    assert torch.autograd.gradcheck(linear, (x.double(), weight.double()))
+
+
+@can_pack
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.integers(1, 150), st.integers(1, 300))
+def test_a_packed_product_is_as_exact_as_a_plain_one(shape, inputs, outputs):
+    x, weight = torch.randn(*shape, inputs, requires_grad=True), torch.randn(outputs, inputs, requires_grad=True)
+    gradient = torch.randn(*shape, outputs)
+    with packing.kept():
+        results = [linear(x, weight), *torch.autograd.grad(linear(x, weight), (x, weight), gradient)]
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    wide = [exact, *torch.autograd.grad(exact, (x, weight), gradient.double())]
+    for result, right in zip(results, wide, strict=True):
+        assert result.shape == right.shape and result.dtype == torch.float32
+        assert torch.allclose(result.double(), right.double(), rtol=1e-5, atol=2e-5)
+
+
+@can_pack
+def test_packed_weights_last_until_they_are_forgotten():
+    x, weight = torch.ones(1, 3), torch.ones(2, 3)
+    with packing.kept():
+        assert linear(x, weight).tolist() == [[3, 3]]
+        weight.fill_(2)
+        assert linear(x, weight).tolist() == [[3, 3]]  # why `forget` has to be called
+        packing.forget()
+        assert linear(x, weight).tolist() == [[6, 6]]
+        weight.fill_(3)
+        with packing.kept():
+            assert linear(x, weight).tolist() == [[9, 9]]
+        assert linear(x, weight).tolist() == [[6, 6]]
+    assert linear(x, weight).tolist() == [[9, 9]]  # outside nothing is kept
+    with pytest.raises(ZeroDivisionError), packing.kept():
+        linear(x, weight)
+        raise ZeroDivisionError
+    weight.data.fill_(4)
+    assert linear(x, weight).tolist() == [[12, 12]]
+    packing.forget()  # does no harm there
+
+
+# --- the layers of a core -----------------------------------------------------------------------------------
+
+
+@can_pack
+@pytest.mark.parametrize(("change", "device"), [
+    ({"dtype": "bfloat16"}, CPU), ({"hidden_size": 96, "num_heads": 4}, CPU), ({}, torch.device("meta")),
+])  # fmt: skip
+def test_only_where_it_was_measured_to_be_faster(change, device):
+    core = HRMCore(tiny_config(**SETTINGS))
+    assert packing.prepare(core, CPU)
+    layers = [module for module in core.modules() if isinstance(module, Linear)]
+    assert layers and all(layer.packs for layer in layers)
+    assert not packing.prepare(HRMCore(tiny_config(**SETTINGS | change)), device)
+    assert not packing.prepare(core, torch.device("meta")) and not any(layer.packs for layer in layers)
+    assert not packing.prepare(torch.nn.Linear(128, 128), CPU)
+
+
+@can_pack
+@pytest.mark.parametrize("gradient", ["auto", "full"])
+def test_a_segment_and_its_gradient(gradient):
+    core = HRMCore(tiny_config(**SETTINGS, gradient=gradient), torch.Generator().manual_seed(0))
+    tokens = torch.randint(1, 6, (3, 16), generator=torch.Generator().manual_seed(1))
+
+    def outcome() -> list[torch.Tensor]:
+        output = core(tokens, core.initial_state(3))
+        learned = torch.autograd.grad(output.logits.square().sum(), tuple(core.H_level.parameters()))
+        return [output.state.z_H, output.logits, *learned]
+
+    plain = outcome()
+    packing.prepare(core, CPU)
+    outside = outcome()
+    with packing.kept():
+        packed = outcome()
+    assert any(not torch.equal(a, b) for a, b in zip(plain, packed, strict=True))  # else nothing was packed
+    for a, b, c in zip(plain, outside, packed, strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(a, c, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+@can_pack
+@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+def test_updates_learn_what_those_without_packed_weights_learn(bootstrap, monkeypatch):
+    def learned() -> dict[str, torch.Tensor]:
+        trainer = large_trainer(bootstrap, ema=0.9)
+        for _ in range(4):
+            trainer.update()
+        return weights(trainer)
+
+    packed = learned()
+    monkeypatch.setattr(packing, "prepare", lambda core, device: False)
+    plain = learned()
+    assert any(not torch.equal(plain[name], packed[name]) for name in plain)
+    assert all(torch.allclose(plain[name], packed[name], atol=1e-4) for name in plain)
+
+
+@can_pack
+def test_weights_that_were_not_forgotten_would_be_seen(monkeypatch):
+    """The control of the test before: without `forget`, a segment runs with the weights before the update."""
+    def state(forgets: bool) -> torch.Tensor:
+        trainer = large_trainer("shared_prefix")
+        if not forgets:
+            monkeypatch.setattr(packing, "forget", lambda: None)
+        trainer.update()
+        return trainer.envs.slots.z_H.detach()
+
+    assert not torch.allclose(state(True), state(False), atol=1e-3)
+
+
+@can_pack
+def test_weights_changed_between_updates_count():
+    runs = []
+    for changes in (False, True):
+        trainer = large_trainer("extra_forward")
+        trainer.update()
+        if changes:
+            trainer.core.H_level.layers[0].mlp.down_proj.weight.data.neg_()  # which no version counter sees
+        trainer.update()
+        runs.append(trainer.envs.slots.z_H.detach())
+    assert not torch.allclose(*runs, atol=1e-2)
+
+
+@can_pack
+@pytest.mark.slow
+def test_compiled_updates_use_packed_weights_too():
+    if not can_compile(CPU):
+        pytest.skip("no C++ compiler")
+    runs = []
+    for compile in ("off", "on"):
+        trainer = large_trainer("shared_prefix", compile)
+        for _ in range(3):
+            trainer.update()
+        assert trainer.compiled == (compile == "on")
+        runs.append(weights(trainer))
+    assert all(torch.allclose(runs[0][name], runs[1][name], atol=1e-4) for name in runs[0])
