@@ -156,7 +156,7 @@ class Trainer:
         self.envs = self._make_envs()
         self.engine = self.envs.engine
         self.engine.carry(self.agent.sees)
-        packing.prepare(self.core, self.device)
+        packing.prepare(self.core, self.num_slots, self.device)
         self.compiled = self._compile()
         trained = {f"core.{n}": p for n, p in self.core.named_parameters()} if self.learns_core else {}
         if self.learns_q:

@@ -19,16 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST = 128  # features of a position: below, packing and calling cost what the products gain
+# Below, packing and calling cost what the products gain.
+SMALLEST_WIDTH = 128  # features of a position
+SMALLEST_STATE = 1 << 18  # numbers in a state of all slots
 
 _packed: dict[int, Tensor] | None = None  # address of a weight -> the packed one; None: nothing is kept
 
 
-def prepare(core: nn.Module, device: torch.device) -> bool:
+def prepare(core: nn.Module, num_slots: int, device: torch.device) -> bool:
     """Let the layers of `core` (`hrm_rl.core.layers.Linear`) use packed weights where that is faster, as returned."""
-    large = getattr(core, "dtype", None) == torch.float32 and core.hidden_size >= SMALLEST
-    measured = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    pays = large and measured and torch.backends.mkldnn.is_available()
+    pays = (
+        getattr(core, "dtype", None) == torch.float32 and core.hidden_size >= SMALLEST_WIDTH
+        and num_slots * core.num_positions * core.hidden_size >= SMALLEST_STATE
+        and device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    )  # fmt: skip
     for module in core.modules():
         if hasattr(module, "packs"):
             module.packs = pays

@@ -15,11 +15,10 @@ from hrm_rl.core.layers import Linear
 from hrm_rl.devices import can_compile
 from tests.support.hrm_testing import lively_trainer, small_core, tiny_config
 
-CPU = torch.device("cpu")
+CPU, MANY = torch.device("cpu"), 10_000
 SETTINGS = {"hidden_size": 128, "num_heads": 4, "puzzle_emb_ndim": 128, "dtype": "float32"}
-can_pack = pytest.mark.skipif(
-    not packing.prepare(HRMCore(tiny_config(**SETTINGS)), CPU), reason=f"no packed weights on {platform.machine()}"
-)
+PACKS = packing.prepare(HRMCore(tiny_config(**SETTINGS)), MANY, CPU)
+can_pack = pytest.mark.skipif(not PACKS, reason=f"no packed weights on {platform.machine()}")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -27,8 +26,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def large_trainer(bootstrap: str, compile: str = "off", **optim):
+    """Its AdamW does not tell apart tiny gradients by their sign, which rounding decides."""
     core = HRMCore(small_core(**SETTINGS), torch.Generator().manual_seed(0))
-    return lively_trainer(bootstrap=bootstrap, core=core, compile=compile, optim={"lr": 1e-3, **optim})
+    return lively_trainer(bootstrap=bootstrap, core=core, compile=compile, optim={"lr": 1e-3, "eps": 1e-3, **optim})
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -85,17 +85,17 @@ def test_packed_weights_last_until_they_are_forgotten():
 
 
 @can_pack
-@pytest.mark.parametrize(("change", "device"), [
-    ({"dtype": "bfloat16"}, CPU), ({"hidden_size": 96, "num_heads": 4}, CPU), ({}, torch.device("meta")),
+@pytest.mark.parametrize(("change", "slots", "device"), [
+    ({"dtype": "bfloat16"}, MANY, CPU), ({"hidden_size": 96, "num_heads": 4}, MANY, CPU), ({}, 16, CPU),
+    ({}, MANY, torch.device("meta")),
 ])  # fmt: skip
-def test_only_where_it_was_measured_to_be_faster(change, device):
+def test_only_where_it_was_measured_to_be_faster(change, slots, device):
     core = HRMCore(tiny_config(**SETTINGS))
-    assert packing.prepare(core, CPU)
     layers = [module for module in core.modules() if isinstance(module, Linear)]
-    assert layers and all(layer.packs for layer in layers)
-    assert not packing.prepare(HRMCore(tiny_config(**SETTINGS | change)), device)
-    assert not packing.prepare(core, torch.device("meta")) and not any(layer.packs for layer in layers)
-    assert not packing.prepare(torch.nn.Linear(128, 128), CPU)
+    assert layers and packing.prepare(core, MANY, CPU) and all(layer.packs for layer in layers)
+    assert not packing.prepare(HRMCore(tiny_config(**SETTINGS | change)), slots, device)
+    assert not packing.prepare(core, MANY, torch.device("meta")) and not any(layer.packs for layer in layers)
+    assert not packing.prepare(torch.nn.Linear(128, 128), MANY, CPU)
 
 
 @can_pack
@@ -110,7 +110,7 @@ def test_a_segment_and_its_gradient(gradient):
         return [output.state.z_H, output.logits, *learned]
 
     plain = outcome()
-    packing.prepare(core, CPU)
+    packing.prepare(core, MANY, CPU)
     outside = outcome()
     with packing.kept():
         packed = outcome()
@@ -123,7 +123,14 @@ def test_a_segment_and_its_gradient(gradient):
 # --- training -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def few_slots(monkeypatch):
+    """A trainer packs its weights however few slots it has."""
+    monkeypatch.setattr(packing, "SMALLEST_STATE", 0)
+
+
 @can_pack
+@pytest.mark.usefixtures("few_slots")
 @pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
 def test_updates_learn_what_those_without_packed_weights_learn(bootstrap, monkeypatch):
     def learned() -> dict[str, torch.Tensor]:
@@ -133,13 +140,14 @@ def test_updates_learn_what_those_without_packed_weights_learn(bootstrap, monkey
         return weights(trainer)
 
     packed = learned()
-    monkeypatch.setattr(packing, "prepare", lambda core, device: False)
+    monkeypatch.setattr(packing, "prepare", lambda *_: False)
     plain = learned()
     assert any(not torch.equal(plain[name], packed[name]) for name in plain)
     assert all(torch.allclose(plain[name], packed[name], atol=1e-4) for name in plain)
 
 
 @can_pack
+@pytest.mark.usefixtures("few_slots")
 def test_weights_that_were_not_forgotten_would_be_seen(monkeypatch):
     """The control of the test before: without `forget`, a segment runs with the weights before the update."""
     def state(forgets: bool) -> torch.Tensor:
@@ -153,6 +161,7 @@ def test_weights_that_were_not_forgotten_would_be_seen(monkeypatch):
 
 
 @can_pack
+@pytest.mark.usefixtures("few_slots")
 def test_weights_changed_between_updates_count():
     runs = []
     for changes in (False, True):
@@ -167,6 +176,7 @@ def test_weights_changed_between_updates_count():
 
 @can_pack
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_slots")
 def test_compiled_updates_use_packed_weights_too():
     if not can_compile(CPU):
         pytest.skip("no C++ compiler")
