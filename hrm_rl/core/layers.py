@@ -38,17 +38,17 @@ class Linear(nn.Module):
     """y = x W^T without bias; LeCun truncated-normal weights (out, in), cast to the dtype of x.
 
     Attributes:
-        packs: Call the operator of `core/packing.py`, which computes the same.
+        packs_weight: Call the operator of `core/packing.py`, which computes the same.
     """
 
-    packs = False
+    packs_weight = False
 
     def __init__(self, in_features: int, out_features: int, generator: torch.Generator | None = None):
         super().__init__()
         self.weight = nn.Parameter(trunc_normal_(torch.empty(out_features, in_features), in_features**-0.5, generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packs:
+        if self.packs_weight:
             return torch.ops.hrm_rl.linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 SMALLEST_WIDTH = 128  # features of a position
 SMALLEST_STATE = 1 << 18  # numbers in a state of all slots
 
-_packed: dict[int, Tensor] | None = None  # address of a weight -> the packed one; None: nothing is kept
+# Address of a weight -> the packed one, of this thread; None: nothing is kept.
+_kept: ContextVar[dict[int, Tensor] | None] = ContextVar("kept", default=None)
 
 
 def prepare(core: nn.Module, num_slots: int, device: torch.device) -> bool:
@@ -34,37 +36,38 @@ def prepare(core: nn.Module, num_slots: int, device: torch.device) -> bool:
         and device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
     )  # fmt: skip
     for module in core.modules():
-        if hasattr(module, "packs"):
-            module.packs = pays
+        if hasattr(module, "packs_weight"):
+            module.packs_weight = pays
     return pays
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Keep packed weights for a while."""
-    global _packed
-    before, _packed = _packed, {}
+    before = _kept.set({})
     try:
         yield
     finally:
-        _packed = before
+        _kept.reset(before)
 
 
 def forget() -> None:
     """To be called inside of `kept` whenever weights have changed."""
-    if _packed is not None:
-        _packed.clear()
+    packed = _kept.get()
+    if packed is not None:
+        packed.clear()
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in), weight (out, in), float32 -> x W^T (..., out)."""
-    if _packed is None:
-        return F.linear(x, weight)
-    packed = _packed.get(weight.data_ptr())
+    packed = _kept.get()
     if packed is None:
+        return F.linear(x, weight)
+    at = weight.data_ptr()
+    if at not in packed:
         rows = x.numel() // x.shape[-1]  # the layout that suits a product of this height
-        packed = _packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        packed[at] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return torch.ops.mkldnn._linear_pointwise(x, packed[at], None, "none", [], "")
 
 
 def _shape(x: Tensor, weight: Tensor) -> Tensor:

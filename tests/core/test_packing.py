@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +73,8 @@ def test_packed_weights_last_until_they_are_forgotten():
         with packing.kept():
             assert linear(x, weight).tolist() == [[9, 9]]
         assert linear(x, weight).tolist() == [[6, 6]]
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(linear, x, weight).result().tolist() == [[9, 9]]
     assert linear(x, weight).tolist() == [[9, 9]]  # outside nothing is kept
     with pytest.raises(ZeroDivisionError), packing.kept():
         linear(x, weight)
@@ -92,9 +95,9 @@ def test_packed_weights_last_until_they_are_forgotten():
 def test_only_where_it_was_measured_to_be_faster(change, slots, device):
     core = HRMCore(tiny_config(**SETTINGS))
     layers = [module for module in core.modules() if isinstance(module, Linear)]
-    assert layers and packing.prepare(core, MANY, CPU) and all(layer.packs for layer in layers)
+    assert layers and packing.prepare(core, MANY, CPU) and all(layer.packs_weight for layer in layers)
     assert not packing.prepare(HRMCore(tiny_config(**SETTINGS | change)), slots, device)
-    assert not packing.prepare(core, MANY, torch.device("meta")) and not any(layer.packs for layer in layers)
+    assert not packing.prepare(core, MANY, torch.device("meta")) and not any(layer.packs_weight for layer in layers)
     assert not packing.prepare(torch.nn.Linear(128, 128), MANY, CPU)
 
 
