@@ -117,7 +117,7 @@ class SlotEngine:
         else:
             self.run_prefix, self.run_tail = _no_prefix, core
         # As tensors, because a Python number sent to the device on every step would wait for it.
-        self._purposes = torch.tensor([_DRAW_PUZZLE, _DRAW_SYMMETRY, _DRAW_GIVENS], device=self.device)
+        self._purposes = torch.tensor([[_DRAW_PUZZLE], [_DRAW_SYMMETRY], [_DRAW_GIVENS]], device=self.device)
         self.carries: tuple[str, ...] = ()
         self._clues: Tensor | None = None
         if clues is not None:
@@ -258,15 +258,14 @@ class SlotEngine:
 
     def _draw(self, key: Tensor, episode: Tensor, puzzle: Tensor | None, augment: bool) -> Start:
         """Fresh slots in their initial state. key, episode, puzzle: (B,) int64."""
-        source = rng.fold(key, episode)
+        of_puzzle, of_symmetry, of_givens = rng.fold(rng.fold(key, episode), self._purposes)
         if puzzle is None:
-            puzzle = rng.integers(rng.fold(source, self._purposes[0]), len(self.puzzles))
+            puzzle = rng.integers(of_puzzle, len(self.puzzles))
         tokens, answers = self.puzzles.questions[puzzle].long(), self.puzzles.answers[puzzle].long()
         if augment:
-            tokens, answers = self.task.augment(rng.fold(source, self._purposes[1]), tokens, answers)
+            tokens, answers = self.task.augment(of_symmetry, tokens, answers)
         if self._clues is not None:
-            key_of_givens = rng.fold(source, self._purposes[2])
-            tokens = reveal(key_of_givens, tokens, answers, *self._clues, blank=self.task.open_token)
+            tokens = reveal(of_givens, tokens, answers, *self._clues, blank=self.task.open_token)
         padding = answers == 0
         labels = answers.masked_fill(padding, IGNORE_LABEL)
         z_H, z_L = self.core.initial_state(self.num_slots)  # expanded views, not copies
