@@ -71,8 +71,10 @@ class Replayed:
 
     def update(self, detailed: bool, before_detailed: bool) -> dict[str, float]:
         """As `Trainer.update`, but for the segment at its end, which `settle` or the next update runs."""
-        with self._on_stream():
-            if detailed or before_detailed or not self.pending or self._warm < WARM_UP:
+        with self.on_stream():
+            # A line takes the sums away: what is carried has its form again after one more ordinary update.
+            whole = self._held is not None or bool(self.trainer.sums.values)
+            if detailed or before_detailed or not self.pending or self._warm < WARM_UP or not whole:
                 return self._ordinary(detailed, before_detailed)
             if self._held is None:
                 self._capture()
@@ -82,9 +84,21 @@ class Replayed:
     def settle(self) -> None:
         """Run the segment that is still to be run: from here on the trainer is where ordinary updates leave it."""
         if self.pending:
-            with self._on_stream():
+            with self.on_stream():
                 self.trainer.next_segment()
             self.pending = False
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Where all of it runs, also what is not replayed: a backward pass runs on its forward pass's stream."""
+        if self._stream is None:
+            yield
+            return
+        before = torch.cuda.current_stream(self.trainer.device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            yield
+        before.wait_stream(self._stream)
 
     # --- in the ordinary way ------------------------------------------------------------------------------------
 
@@ -158,18 +172,6 @@ class Replayed:
             optimizer.step()
         t.after_update()
         self.replays += 1
-
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """All of it on one stream, also what is not replayed: a backward pass runs on its forward pass's stream."""
-        if self._stream is None:
-            yield
-            return
-        before = torch.cuda.current_stream(self.trainer.device)
-        self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            yield
-        before.wait_stream(self._stream)
 
 
 class _Form(NamedTuple):

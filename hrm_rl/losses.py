@@ -30,15 +30,14 @@ def token_losses(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
     logits (B, S, V), labels (B, S) int64, kind "stablemax" (float64 result) or "softmax" (float32).
     Raises ValueError for another kind.
     """
-    valid = labels != IGNORE
-    safe = labels.masked_fill(~valid, 0)
     if kind == "stablemax":
         log_probs = log_stablemax(logits)
     elif kind == "softmax":
         log_probs = F.log_softmax(logits.float(), dim=-1)
     else:
         raise ValueError(f"unknown supervised loss {kind!r}; choose stablemax or softmax")
-    return torch.where(valid, -log_probs.gather(-1, safe[..., None]).squeeze(-1), 0)
+    rows = F.nll_loss(log_probs.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return rows.view(labels.shape)
 
 
 def supervised_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:

@@ -179,11 +179,11 @@ class Trainer:
         self.actions: Tensor | None = None  # (B,) the latest decision
         self.fewest_clues = int(self.puzzles.clues.min())
         self._set_clues()
-        self.envs.reset(seed=config.seed + ranks.rank * self.num_slots)
         self.replayed: Replayed | None = None
         if config.cuda_graph == "on":
             cuda_graph.check(self)
-            self.replayed = Replayed(self)
+        with self._beginning_anew():
+            self.envs.reset(seed=config.seed + ranks.rank * self.num_slots)
 
     # --- set-up -------------------------------------------------------------------------------------------
 
@@ -218,6 +218,13 @@ class Trainer:
     def segment(self, tokens: Tensor, state: State) -> CoreOutput:
         """One whole segment by the functions the environment uses (compiled where it compiles)."""
         return self.engine.run_tail(tokens, self.engine.run_prefix(tokens, state))
+
+    def _beginning_anew(self) -> contextlib.AbstractContextManager:
+        """For a segment that no update leads to: where updates run; what was captured before is void."""
+        if self.config.cuda_graph != "on":
+            return contextlib.nullcontext()
+        self.replayed = Replayed(self)
+        return self.replayed.on_stream()
 
     # --- one update ---------------------------------------------------------------------------------------
 
@@ -572,7 +579,8 @@ class Trainer:
         previous = part("previous.")
         self.previous = (previous["z_H"], previous["z_L"]) if previous else None
         self._set_clues()
-        self.envs.load_state_dict({**plain["slots"], **part("slots.")})
+        with self._beginning_anew():
+            self.envs.load_state_dict({**plain["slots"], **part("slots.")})
 
 
 def is_due(step: int, every: int) -> bool:

@@ -61,6 +61,16 @@ def test_the_numbers_are_those_of_ordinary_updates(bootstrap):
     assert_same(plain, replayed)
 
 
+@pytest.mark.parametrize("logged", [3, 5, 6, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 8, 9))])
+def test_however_often_a_line_is_written(logged):
+    """A line takes the sums away, also right before the update that would be captured."""
+    plain, replayed = lively_trainer(), lively_trainer()
+    replayed.replayed = Replayed(replayed)
+    assert run(plain, 24, logged) == run(replayed, 24, logged)
+    assert (replayed.replayed.replays > 0) == (logged > 3)  # two of each `logged` updates are ordinary, one more after
+    assert_same(plain, replayed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARN)
 def test_every_agent_that_says_so_can_be_captured(name):
@@ -183,6 +193,32 @@ def test_a_captured_graph_gives_the_numbers_of_ordinary_updates(bootstrap):
     for name, tensor in numbers(plain).items():
         if tensor.is_floating_point() and name.startswith("core."):
             torch.testing.assert_close(numbers(replayed)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [
+    {"compile": "on", "core": "bfloat16"}, {"optim": {"optimizer": "muon"}}, {"objective": "q"},
+    {"optim": {"optimizer": "adamw", "grad_clip": 0.5}, "clues": (10, 12)},
+], ids=str)  # fmt: skip
+def test_a_captured_graph_whatever_the_recipe(changes):
+    """Lines, an evaluation and a checkpoint in between, and a second capture after it."""
+    changes = {"device": "cuda", "augment": True, "optim": {"optimizer": "adamw"}, **copy.deepcopy(changes)}
+    near = {"rel": 1e-3, "abs": 1e-4}
+    if "core" in changes:
+        near = {"rel": 0.1, "abs": 0.02}
+        core = build_core(small_core(dtype=changes.pop("core")), torch.Generator().manual_seed(0)).cuda()
+        plain, replayed = (small_trainer(core=copy.deepcopy(core), cuda_graph=g, **changes) for g in ("off", "on"))
+    else:
+        plain, replayed = (small_trainer(cuda_graph=g, **changes) for g in ("off", "on"))
+    for logged in (5, 8):
+        for one, other in zip(run(plain, 24, logged), run(replayed, 24, logged), strict=True):
+            assert one["loss/total"] == pytest.approx(other["loss/total"], **near)
+        assert replayed.replayed._graph is not None and replayed.replayed.replays >= 6
+        replayed.evaluate(replayed.test_puzzles, 4)
+        tensors, state = replayed.state()
+        state["step"] = replayed.step
+        replayed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, state)
+        assert replayed.replayed.replays == 0
 
 
 @pytest.mark.gpu

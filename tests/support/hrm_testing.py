@@ -137,7 +137,7 @@ def small_trainer(agent=QHaltingAgent, arguments: dict | None = None, puzzles: P
 
     config = small_config(optim, **changes)
     if core is None and config.objective == "q":
-        core = HRMCore(config.core, torch.Generator().manual_seed(config.seed))
+        core = HRMCore(config.core, torch.Generator().manual_seed(config.seed)).to(config.device)
     puzzles = puzzles or small_puzzles(16)
     return Trainer(
         config, agent, arguments, core=core, puzzles=puzzles, test_puzzles=small_puzzles(12, seed=1), ranks=ranks
