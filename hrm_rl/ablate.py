@@ -29,8 +29,8 @@ def build_parser():
     """The parser of this command; its --help explains every flag."""
     parser = cli.make_parser("python -m hrm_rl.ablate", __doc__.split("\n")[0], config=False)
     add = parser.add_argument
-    add("study", type=str, metavar="STUDY", help="Name of a study of configs/ (q_stability, joint_stability, cores), "
-        "or a YAML file (docs/STUDIES.md).")  # fmt: skip
+    add("study", type=str, metavar="STUDY", help="Name of a study of configs/ (q_stability, joint_stability, "
+        "joint_released, cores), or a YAML file (docs/STUDIES.md).")  # fmt: skip
     add("--out", type=str, default="", help="The study's folder; nothing: studies/NAME. One that holds a part of this "
         "very study is gone on with.")  # fmt: skip
     add("--seeds", type=int, default=0, help="Seeds of each arm; 0: as the study says. More can be added later.")
