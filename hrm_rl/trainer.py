@@ -219,12 +219,13 @@ class Trainer:
         """One whole segment by the functions the environment uses (compiled where it compiles)."""
         return self.engine.run_tail(tokens, self.engine.run_prefix(tokens, state))
 
-    def _beginning_anew(self) -> contextlib.AbstractContextManager:
-        """For a segment that no update leads to: where updates run; what was captured before is void."""
-        if self.config.cuda_graph != "on":
-            return contextlib.nullcontext()
-        self.replayed = Replayed(self)
-        return self.replayed.on_stream()
+    @contextlib.contextmanager
+    def _beginning_anew(self) -> Iterator[None]:
+        """For a segment that no update leads to: as those in updates run, and what was captured before is void."""
+        if self.config.cuda_graph == "on":
+            self.replayed = Replayed(self)
+        with packing.kept(), self.replayed.on_stream() if self.replayed else contextlib.nullcontext():
+            yield
 
     # --- one update ---------------------------------------------------------------------------------------
 

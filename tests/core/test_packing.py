@@ -178,6 +178,24 @@ def test_weights_changed_between_updates_count():
 
 
 @can_pack
+@pytest.mark.usefixtures("few_slots")
+@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+def test_a_resumed_run_goes_on_number_for_number(bootstrap):
+    trainer, resumed = large_trainer(bootstrap), large_trainer(bootstrap)
+    for updates in (0, 3):
+        for _ in range(updates):
+            trainer.update()
+        tensors, state = trainer.state()
+        resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, state | {"step": trainer.step})
+        slots, same = trainer.envs.slots, resumed.envs.slots
+        assert torch.equal(slots.z_H, same.z_H) and torch.equal(slots.logits, same.logits)
+    for _ in range(2):
+        trainer.update()
+        resumed.update()
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(trainer).items())
+
+
+@can_pack
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_slots")
 def test_compiled_updates_use_packed_weights_too():
