@@ -207,8 +207,7 @@ class _Session:
             if self.ranks.world > 1 and trainer.step == 0:
                 self._save(trainer, writer)  # a rank may die at any time, and something must be there to go on from
             while trainer.step < c.total_steps:
-                self._agree(trainer)
-                if self.stop_signal or (c.time_budget and trainer.elapsed >= c.time_budget):
+                if self._agree(trainer) or (c.time_budget and trainer.elapsed >= c.time_budget):
                     break
                 coming = trainer.step + stride
                 due = passes(trainer.step, c.log_every) or coming >= c.total_steps
@@ -271,13 +270,19 @@ class _Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, remember)
 
-    def _agree(self, trainer) -> None:
-        """All ranks take the first one's clock (the schedule depends on it) and stop where any is told to stop."""
-        if self.ranks.world > 1:
-            stop, trainer.elapsed = self.ranks.largest(
-                [self.stop_signal or 0, trainer.elapsed if self.ranks.first else 0.0]
-            )
-            self.stop_signal = int(stop) or self.stop_signal
+    def _agree(self, trainer) -> int:
+        """The signal by which all ranks stop now, or 0; all take the first one's clock (the schedule depends on it).
+
+        A signal that comes while they agree counts the next time: a rank that stopped alone would leave the others
+        waiting for it.
+        """
+        if self.ranks.world == 1:
+            return self.stop_signal or 0
+        told = [self.stop_signal or 0, trainer.elapsed if self.ranks.first else 0.0]
+        stop, trainer.elapsed = self.ranks.largest(told)
+        if stop:
+            self.stop_signal = int(stop)
+        return int(stop)
 
     def _evaluate(self, trainer) -> dict[str, float]:
         count = min(trainer.config.eval_puzzles, len(trainer.test_puzzles))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +221,22 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(tmp_pat
     assert line.endswith(f"torchrun --nproc-per-node 2 -m hrm_rl.train --resume {killed}")
     step = int(list_checkpoints(killed)[-1].name.removeprefix("step-"))
     assert train.main(["--resume", str(killed), "--total-steps", str(step + 3)]) == 0
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_counts_the_next_time():
+    """The rank that it comes to has said already that it goes on, so it must go on with the others."""
+    class Agreeing(Ranks):
+        def largest(self, numbers):
+            session.stop_signal = signal.SIGTERM  # as the handler does, once the collective returns to Python
+            return list(numbers)
+
+    session, trainer = SimpleNamespace(ranks=Agreeing(1, 2, 1, None), stop_signal=None), SimpleNamespace(elapsed=2.0)
+    assert train._Session._agree(session, trainer) == 0
+    assert train._Session._agree(session, trainer) == signal.SIGTERM
+    session.ranks = ALONE
+    assert train._Session._agree(session, trainer) == signal.SIGTERM
+    session.stop_signal = None
+    assert train._Session._agree(session, trainer) == 0
 
 
 @pytest.mark.slow
