@@ -126,36 +126,43 @@ class CompileGuard:
         """Run once more and look: every call of the core must be one compiled graph. UserError otherwise."""
         import torch
 
+        from hrm_rl.core.pieces import InPieces
+
         breaks = [str(reason).split("\n")[0] for reason in self.counters["graph_break"]]
         if breaks:
             raise UserError(f"{name}: not reported, the compiled graph is broken ({breaks[0]})")
         if not self.graphs():
             raise UserError(f"{name}: not reported, nothing was compiled (torch.compile fell back to eager)")
-        calls = 0
+        calls: list[Callable] = []
 
         def counting(function):
             def call(*arguments):
-                nonlocal calls
-                calls += 1
+                calls.append(function)
                 return function(*arguments)
 
             return call
 
         # A core whose every call carries gradient has an empty prefix: there is no graph in it.
         empty = getattr(getattr(engine, "core", None), "without_gradient", 1) == 0
-        own = {name: getattr(engine, name) for name in (("run_tail",) if empty else ("run_prefix", "run_tail"))}
-        for name, function in own.items():
-            setattr(engine, name, counting(function))
+        places: list[tuple[Any, Any, Callable]] = []
+        for part in ("run_tail",) if empty else ("run_prefix", "run_tail"):
+            called = getattr(engine, part)
+            if isinstance(called, InPieces):
+                places += [(called.functions, number, function) for number, function in enumerate(called.functions)]
+            else:
+                places.append((vars(engine), part, called))
+        for place, key, function in places:
+            place[key] = counting(function)
         try:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            with profiler_of(torch.profiler.ProfilerActivity.CPU) as profiler:
                 run()
         finally:
-            for name, function in own.items():
-                setattr(engine, name, function)
+            for place, key, function in places:
+                place[key] = function
         regions = sum(e.count for e in profiler.key_averages() if e.key.startswith("Torch-Compiled Region"))
-        if regions != calls:
+        if regions != len(calls):
             raise UserError(
-                f"{name}: not reported, {calls} calls of the core ran {regions} compiled graphs "
+                f"{name}: not reported, {len(calls)} calls of the core ran {regions} compiled graphs "
                 "(torch.compile fell back to eager)"
             )
 
@@ -165,13 +172,20 @@ class CompileGuard:
             raise UserError(f"not reported: {self.graphs() - before} graphs were compiled during the timed repeats")
 
 
+def profiler_of(*activities):
+    """PyTorch's profiler, over all threads (`hrm_rl.core.pieces`)."""
+    from torch.profiler import _ExperimentalConfig, profile
+
+    return profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
+
+
 def write_trace(path: str, run: Callable[[], object], device, times: int = 3) -> list[list]:
     """Chrome trace of `times` calls; returns the operations that took longest: [name, calls, milliseconds a call]."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity
 
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as profiler:
+    with profiler_of(*activities) as profiler:
         for _ in range(times):
             run()
         synchronise(device)

@@ -15,7 +15,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from agents.registry import agent_name
 from envs import HALT, Slots
 from hrm_rl import cuda_graph, evaluation, measure
 from hrm_rl.config import TrainConfig, cannot_be_made, check_gradient_k, small_core
-from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core, packing
+from hrm_rl.core import CoreConfig, CoreOutput, RecurrentCore, State, build_core, find_core, packing, pieces
 from hrm_rl.core.io import load_core, model_bytes
+from hrm_rl.core.pieces import InPieces, Threads
 from hrm_rl.core.q_head import QHead
 from hrm_rl.cuda_graph import Replayed
 from hrm_rl.devices import can_compile
@@ -48,6 +49,10 @@ PROBE_PUZZLES = 32
 #: How far the gradient reaches: no property of the weights, so a run may ask for another one than the loaded core's.
 _OF_THE_RUN = ("gradient", "gradient_k", "solver", "solver_tol", "solver_steps", "solver_window")
 _BY_SLOT = ("slots.", "stored.", "previous.", "memory.")  # tensors of a checkpoint with a row for each slot
+
+
+def _here(function: Callable, *arguments):
+    return function(*arguments)
 
 
 def make_core(config: TrainConfig, device: torch.device) -> RecurrentCore:
@@ -157,6 +162,7 @@ class Trainer:
         self.engine = self.envs.engine
         self.engine.carry(self.agent.sees)
         packing.prepare(self.core, self.num_slots, self.device)
+        self.threads: Threads | None = None  # of a core that is computed in pieces
         self.compiled = self._compile()
         trained = {f"core.{n}": p for n, p in self.core.named_parameters()} if self.learns_core else {}
         if self.learns_q:
@@ -210,9 +216,17 @@ class Trainer:
             if wanted == "on":
                 raise UserError("compile=on: no C++ compiler (CPU) or Triton (GPU) was found; use compile=off")
             return False
-        if getattr(self.core, "without_gradient", 1):  # else the prefix is empty: nothing to compile
-            self.engine.run_prefix = torch.compile(self.core.prefix, dynamic=False)
-        self.engine.run_tail = torch.compile(self.core.tail, dynamic=False)
+        engine, core = self.engine, self.core
+        if pieces.pay(core, self.num_slots, self.device):
+            self.threads = Threads(torch.get_num_threads())
+            engine.run_tail = InPieces(core.tail, self.threads, list(core.parameters()))
+        else:
+            engine.run_tail = torch.compile(core.tail, dynamic=False)
+        if getattr(core, "without_gradient", 1):  # else the prefix is empty: nothing to compile
+            in_pieces = self.threads is not None
+            engine.run_prefix = (
+                InPieces(core.prefix, self.threads) if in_pieces else torch.compile(core.prefix, dynamic=False)
+            )
         return True
 
     def segment(self, tokens: Tensor, state: State) -> CoreOutput:
@@ -267,14 +281,15 @@ class Trainer:
         """
         if self.replayed is not None:
             return self.replayed.update(detailed, before_detailed)
+        on_one_core = self.threads.lead if self.threads else _here
         with packing.kept():
             self.before_update()
-            details = self.learn(detailed, before_detailed)
+            details = on_one_core(self.learn, detailed, before_detailed)
             for optimizer in self.optimizers:
                 optimizer.step()
             packing.forget()
             self.after_update()
-            self.next_segment()
+            on_one_core(self.next_segment)
         return details
 
     def before_update(self) -> None:
