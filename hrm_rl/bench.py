@@ -252,7 +252,7 @@ def _set_threads(threads: int) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the profiler keeps quiet
     import torch
 
-    if threads:
+    if threads and threads != torch.get_num_threads():  # it slows float32 attention down even where nothing changes
         torch.set_num_threads(threads)
 
 
@@ -480,9 +480,8 @@ def fresh(config) -> dict[str, Any]:
 def _fresh_process() -> int:
     """The other end of `fresh`: reads its order from stdin."""
     order = json.load(sys.stdin)
-    import torch
 
-    torch.set_num_threads(order["threads"])
+    _set_threads(order["threads"])
     from hrm_rl.config import TrainConfig
 
     trainer = make_trainer(TrainConfig.from_values(order["config"]))

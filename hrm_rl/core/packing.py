@@ -24,8 +24,9 @@ from torch import Tensor, nn
 SMALLEST_WIDTH = 128  # features of a position
 SMALLEST_STATE = 1 << 18  # numbers in a state of all slots
 
-# Address of a weight -> the packed one, of this thread; None: nothing is kept.
-_kept: ContextVar[dict[int, Tensor] | None] = ContextVar("kept", default=None)
+# Address of a weight and rows of the product -> the packed weight, which suits them; None: nothing is kept. Threads
+# that are given this one's context (`core/pieces.py`) share it.
+_kept: ContextVar[dict[tuple[int, int], Tensor] | None] = ContextVar("kept", default=None)
 
 
 def prepare(core: nn.Module, num_slots: int, device: torch.device) -> bool:
@@ -63,11 +64,10 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     packed = _kept.get()
     if packed is None:
         return F.linear(x, weight)
-    at = weight.data_ptr()
-    if at not in packed:
-        rows = x.numel() // x.shape[-1]  # the layout that suits a product of this height
-        packed[at] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-    return torch.ops.mkldnn._linear_pointwise(x, packed[at], None, "none", [], "")
+    product = weight.data_ptr(), x.numel() // x.shape[-1]
+    if product not in packed:
+        packed[product] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), product[1])
+    return torch.ops.mkldnn._linear_pointwise(x, packed[product], None, "none", [], "")
 
 
 def _shape(x: Tensor, weight: Tensor) -> Tensor:

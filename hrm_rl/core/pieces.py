@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from hrm_rl.core.base import CoreOutput, State
 from hrm_rl.core.recurrent import RecurrentCore
 
-LARGEST = 1 << 18  # numbers in the state of a piece
+LARGEST = 1 << 18  # numbers in the state of a piece, or a slot more
 #: Features of a position with which it was measured to be faster; narrower cores lose by it, wider ones gain nothing.
 WIDTHS = {torch.float32: range(128, 512), torch.bfloat16: range(128, 256)}
 SMALLEST_STATE = 1 << 18  # numbers in a state of all slots
@@ -40,24 +40,34 @@ def pay(core: nn.Module, num_slots: int, device: torch.device) -> bool:
         isinstance(core, RecurrentCore) and core.hidden_size in WIDTHS.get(core.dtype, ()) and device.type == "cpu"
         and num_slots * core.num_positions * core.hidden_size >= SMALLEST_STATE
         and torch.get_num_threads() <= MOST_THREADS
+        and all(isinstance(method, MethodType) for method in (core.prefix, core.tail))
     )  # fmt: skip
 
 
 class Threads:
-    """Threads that compute on one core each: `count` workers and a leader; they begin with the first call of each."""
+    """Threads that compute on one core each: `count` workers and a leader; they end with this object."""
 
     def __init__(self, count: int):
         self.count = count
-        self._workers = [ThreadPoolExecutor(1, f"worker {n}", torch.set_num_threads, (1,)) for n in range(count)]
-        self._leader = ThreadPoolExecutor(1, "leader", torch.set_num_threads, (1,))
+        before = torch.get_num_threads()
+        self._workers = [ThreadPoolExecutor(1, f"worker {number}") for number in range(count)]
+        self._leader = ThreadPoolExecutor(1, "leader")
+        wait([thread.submit(_on_one_core) for thread in (*self._workers, self._leader)])
+        with ThreadPoolExecutor(1) as passing:  # the setting is that of threads to come, too
+            passing.submit(torch.set_num_threads, before)
 
     def lead(self, function: Callable, *arguments) -> Any:
-        """What `function` returns, called on the leader.
+        """What `function` returns, called on the leader; an interruption (Ctrl-C) is raised when it has ended.
 
         What calls functions in pieces belongs there: after operations on several cores PyTorch's own threads keep
         them busy for a while, and the pieces wait.
         """
-        return self._leader.submit(contextvars.copy_context().run, function, *arguments).result()
+        running = self._leader.submit(contextvars.copy_context().run, function, *arguments)
+        try:
+            return running.result()
+        except BaseException:
+            wait([running])
+            raise
 
     def map(self, function: Callable, jobs: dict[int, Any]) -> dict[int, Any]:
         """`function` of the number of the worker (number of the job modulo `count`) and each job, by their numbers;
@@ -69,6 +79,11 @@ class Threads:
             running[number] = self._workers[worker].submit(run, function, worker, job)
         wait(running.values())
         return {number: job.result() for number, job in running.items()}
+
+
+def _on_one_core() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # takes over what was set last in any thread, once
 
 
 class InPieces:
@@ -141,17 +156,17 @@ class _Learned(torch.autograd.Function):
         def call(worker: int, job: tuple[slice, tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
             rows, part = job
             used = [(t, g[rows]) for t, g in zip(part, gradients, strict=True) if g is not None and t.requires_grad]
-            outputs, grads = zip(*used, strict=True)
-            return torch.autograd.grad(outputs, ctx.learned, grads, allow_unused=True)
+            if not used:
+                return (None,) * len(ctx.learned)
+            return torch.autograd.grad([t for t, _ in used], ctx.learned, [g for _, g in used], allow_unused=True)
 
-        wanted = "".join(str(int(gradient is not None)) for gradient in gradients)
-        each = ctx.pieces.run(call, ctx.parts, [rows for rows, _ in ctx.parts], f"backward {wanted}")
+        each = ctx.pieces.run(call, ctx.parts, [rows for rows, _ in ctx.parts], "backward")
         ctx.parts = None
         total = list(each[0])
-        for gradients_of_piece in each[1:]:
+        for gradients_of_piece in each[1:]:  # not in place: two parameters may have been given one tensor
             for at, gradient in enumerate(gradients_of_piece):
                 if gradient is not None:
-                    total[at] = gradient if total[at] is None else total[at].add_(gradient)
+                    total[at] = gradient if total[at] is None else total[at] + gradient
         return None, None, None, None, *total
 
 

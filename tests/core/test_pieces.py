@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,6 +144,48 @@ def test_a_second_backward_pass_says_that_there_is_none():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
+
+
+@pytest.mark.usefixtures("uncompiled", "small_pieces")
+def test_parameters_that_share_a_gradient():
+    """Autograd hands both of them one tensor, to which nobody may add."""
+
+    class Core(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Parameter(torch.ones(128)), torch.nn.Parameter(torch.ones(128))
+
+        def call(self, tokens, state):
+            return State(state.z_H + (self.a + self.b), state.z_L)
+
+    core = Core()
+    called = InPieces(core.call, Threads(2), list(core.parameters()))
+    tokens, state = torch.zeros(8, 16, dtype=torch.int64), State(*torch.zeros(2, 8, 17, 128))
+    called(tokens, state).z_H.sum().backward()
+    assert core.a.grad.unique().tolist() == core.b.grad.unique().tolist() == [8 * 17]
+    core.zero_grad()
+    called(tokens, state).z_L.sum().backward()  # which has nothing to do with them
+    assert core.a.grad is None
+
+
+def test_threads_that_begin_later_have_all_cores():
+    where = Threads(2)
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == torch.get_num_threads()
+    assert where.lead(torch.get_num_threads) == 1
+
+
+def test_an_interruption_waits_for_the_leader(monkeypatch):
+    ended, real = threading.Event(), Future.result
+
+    def interrupted(future, timeout=None):
+        monkeypatch.setattr(Future, "result", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Threads(1).lead(lambda: (time.sleep(0.3), ended.set()))
+    assert ended.is_set()
 
 
 # --- where ----------------------------------------------------------------------------------------------------
