@@ -103,6 +103,7 @@ def test_segments_of_a_solver_have_no_arithmetic(run, tmp_path):
     assert re.search(r"^q@own .* -  +-$", text, re.MULTILINE)  # of GFLOP, and of puzzles/s
 
 
+@pytest.mark.slow
 def test_thresholds_do_not_see_the_test_set(run):
     """Other test puzzles, the same thresholds; other validation puzzles, others: and the second run reads the cache."""
     agents = ("--agents", "confidence", "q", "--timing", "false")
@@ -119,6 +120,7 @@ def test_thresholds_do_not_see_the_test_set(run):
     assert first["validation"]["name"] == validation.name
 
 
+@pytest.mark.slow
 def test_plug_ins_run_live_once_and_then_from_the_cache(run, monkeypatch):
     words = ("--agents", "compare_plugin.Mine:alpha=0.9", "compare_plugin.OnlyActs@own", "residual:tau=0.2",
              "--timing", "false")  # fmt: skip

@@ -232,9 +232,9 @@ def test_files_that_may_not_grow(tmp_path, recipe):
     assert train.main(["--resume", str(run), "--total-steps", "18"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
-@pytest.mark.parametrize("checkpoint_every", [
-    pytest.param(6, id="checkpoint"), pytest.param(0, id="metrics", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("checkpoint_every", [pytest.param(6, id="checkpoint"), pytest.param(0, id="metrics")])
 def test_a_disk_that_is_full(tmp_path, recipe, checkpoint_every):
     """A small tmpfs: one line, whoever meets its end (a checkpoint, metrics.jsonl, TensorBoard's thread)."""
     disk = tmp_path / "disk"
