@@ -15,7 +15,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -216,17 +216,17 @@ class Trainer:
             if wanted == "on":
                 raise UserError("compile=on: no C++ compiler (CPU) or Triton (GPU) was found; use compile=off")
             return False
-        engine, core = self.engine, self.core
-        if pieces.pay(core, self.num_slots, self.device):
+        if pieces.pay(self.core, self.num_slots, self.device):
             self.threads = Threads(torch.get_num_threads())
-            engine.run_tail = InPieces(core.tail, self.threads, list(core.parameters()))
-        else:
-            engine.run_tail = torch.compile(core.tail, dynamic=False)
-        if getattr(core, "without_gradient", 1):  # else the prefix is empty: nothing to compile
-            in_pieces = self.threads is not None
-            engine.run_prefix = (
-                InPieces(core.prefix, self.threads) if in_pieces else torch.compile(core.prefix, dynamic=False)
-            )
+
+        def compiled(method: Callable, parameters: Iterable[nn.Parameter] = ()) -> Callable:
+            if self.threads:
+                return InPieces(method, self.threads, list(parameters))
+            return torch.compile(method, dynamic=False)
+
+        self.engine.run_tail = compiled(self.core.tail, self.core.parameters())
+        if getattr(self.core, "without_gradient", 1):  # else the prefix is empty: nothing to compile
+            self.engine.run_prefix = compiled(self.core.prefix)
         return True
 
     def segment(self, tokens: Tensor, state: State) -> CoreOutput:
