@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,11 @@ def slope(values: list[float]) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leak", [0, 20_000], ids=["as it is", "control"])
+@pytest.mark.parametrize("leak", [0, 1_000], ids=["as it is", "control"])
 def test_memory_and_files_stay_as_they_are(tmp_path, leak):
     """In a process of its own, with nothing that other tests have left; the control keeps `leak` numbers an update."""
-    if not memory_and_files():
-        pytest.skip("this system does not say how much memory a process has")
+    if not memory_and_files() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("this system does not say what memory a process has, or gives no free memory back when asked")
     done = subprocess.run([sys.executable, str(ROOT / "tests/support/soak.py"), str(tmp_path), str(leak)], cwd=ROOT,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -38,7 +39,7 @@ def test_memory_and_files_stay_as_they_are(tmp_path, leak):
     memory, files = seen["memory"], seen["files"]
     growth, error = slope(memory)
     print(f"memory {memory[0]:.1f} to {memory[-1]:.1f} MB, growth {growth:.2f} +- {error:.2f} MB, files {set(files)}")
-    flat = growth < max(3 * error, 0.01 * memory[0])
+    flat = growth < max(3 * error, 1.0)  # it settles by 0.5 MB; the control keeps 4.7 more
     assert flat == (leak == 0), (growth, error, memory[0])
     quarter = len(files) // 4  # a file may be open for a moment, as one is looked at; none may stay open
     assert median(files[-quarter:]) == median(files[:quarter]) and seen["files_left"] < median(files)
