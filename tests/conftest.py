@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 for folder in (TESTS / "support", TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+# The same examples in every run, so that a change is not refused for what chance found; a hunt for new ones:
+# python -m pytest --hypothesis-profile hunt
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("hunt", deadline=None, print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True, scope="session")

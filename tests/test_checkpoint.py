@@ -122,7 +122,11 @@ def killed_while_saving(run, step: int, point: int, half: bool) -> bool:
     """
     pid = os.fork()
     if pid:
-        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        status = os.waitpid(pid, 0)[1]
+        assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) == signal.SIGKILL, status
+        return os.WIFSIGNALED(status)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60)  # should it ever wait for a lock that a thread of the parent held
     calls = 0
 
     def deadly(function):

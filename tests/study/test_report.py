@@ -173,9 +173,9 @@ def test_pages_of_many_arms():
 
 def dom(path: Path, profile: Path) -> str:
     """The page after its script ran, in headless Chromium that reaches no network. Its images: root's data-images."""
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-               "--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}",
-               "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]  # fmt: skip
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--disable-background-networking", "--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND",
+               f"--user-data-dir={profile}", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 

@@ -223,9 +223,18 @@ def test_signals_stop_it_at_once_and_no_worker_is_left(tmp_path, number):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in errors and (number == signal.SIGKILL or "leaked" not in errors)
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < until:
+    until = time.monotonic() + 60
+    while any(runs(pid) for pid in workers) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not any(runs(pid) for pid in workers)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process; one that ended and that nobody has waited for does not run."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------
@@ -247,7 +256,8 @@ def test_a_local_ray_of_two_workers(tmp_path, capfd):
     assert where != os.getpid() and threads == 1 and told.finished == 6
     assert not temporary.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-    assert not [line for line in said if "(raylet)" not in line]  # Ray tells of the worker that died
+    own = re.compile(r"\(raylet\)|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\]")  # of the worker that died; Ray's own log
+    assert not [line for line in said if not own.search(line)]
 
 
 @pytest.mark.parametrize(
@@ -272,13 +282,13 @@ def test_ray_that_never_answers_is_given_up(monkeypatch, capsys):
     class Deaf:
         @staticmethod
         def init(**keywords):
-            time.sleep(5)
+            time.sleep(60)
 
     monkeypatch.setattr(sweep, "_import_ray", lambda: Deaf)
     monkeypatch.setattr(sweep, "CONNECT_SECONDS", 0.1)
     began = time.monotonic()
     with pytest.raises(UserError, match="--ray-address auto: Ray does not answer within 0.1 seconds"):
         sweep.RayWorkers("auto", 2, 1)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
     print("it can be told", file=sys.stderr)
     assert capsys.readouterr().err == "it can be told\n"
