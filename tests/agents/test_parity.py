@@ -15,8 +15,109 @@ from hrm_testing import FIRST_SEGMENT, close, fed_trainer, golden, losses_of, re
 from agents import FixedAgent, QHaltingAgent, q_targets
 from agents.base import Transition, View
 from envs.actions import HALT
+from hrm_rl.core import layers, packing, pieces
+from hrm_rl.cuda_graph import Replayed
+from hrm_rl.devices import can_compile
 
-B = 8
+B, CPU = 8, torch.device("cpu")
+needs_compiler = pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
+
+
+# --- fast paths: each has to reach the same golden values ---------------------------------------------------
+
+
+class Plain:
+    """Every operation as it is written; the others are ways to the same numbers that training takes on a CPU."""
+
+    changes = {}  # of the trainer
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.patch = patch
+
+    def check(self, trainer) -> None:
+        """That it was taken."""
+        assert not trainer.compiled and not trainer.threads
+
+
+class Compiled(Plain):
+    changes = {"compile": "on"}
+
+    def check(self, trainer) -> None:
+        assert trainer.compiled and not trainer.threads
+
+
+class Packed(Plain):
+    """Weights in oneDNN's layout, once an update."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        super().__init__(patch)
+        patch.setattr(packing, "SMALLEST_WIDTH", 1)
+        patch.setattr(packing, "SMALLEST_STATE", 1)
+        if not packing.prepare(tiny_model()[0], B, CPU):
+            pytest.skip("no packed weights here")
+        self.seen, forget = set(), packing.forget
+
+        def remember():
+            self.seen.add(len(packing._kept.get()))
+            forget()
+
+        patch.setattr(packing, "forget", remember)
+
+    def check(self, trainer) -> None:
+        assert min(self.seen) >= 2 * 2 * 4  # at least the layers' products of both levels in every update
+
+
+class PlainAttention(Plain):
+    """Two products in place of PyTorch's kernel, as for bfloat16 on a CPU."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        super().__init__(patch)
+        self.calls = 0
+
+        def attention(query, key, value, attn_mask=None):
+            assert attn_mask is None
+            self.calls += 1
+            return layers.plain_attention(query, key, value)
+
+        patch.setattr(layers.F, "scaled_dot_product_attention", attention)
+
+    def check(self, trainer) -> None:
+        assert self.calls
+
+
+class Pieces(Plain):
+    """A few slots at a time on a thread each (not compiled: how they are shared out and put together)."""
+
+    changes = {"compile": "on"}
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        super().__init__(patch)
+        patch.setattr(pieces, "WIDTHS", {torch.float32: range(1, 512)})
+        patch.setattr(pieces, "SMALLEST_STATE", 1)
+        patch.setattr(pieces, "LARGEST", 2 * 17 * 32)  # two slots
+        patch.setattr(torch, "compile", lambda function, **_: function)
+
+    def check(self, trainer) -> None:
+        parts = trainer.engine.run_tail, trainer.engine.run_prefix
+        assert all(isinstance(part, pieces.InPieces) for part in parts)
+        assert {rows for _, rows, _ in parts[0]._begun} == {2} and len(pieces.cut(B, 17 * 32, 1)) == 4
+
+
+class CompiledPieces(Pieces):
+    def __init__(self, patch: pytest.MonkeyPatch):
+        own = torch.compile
+        super().__init__(patch)
+        patch.setattr(torch, "compile", own)
+
+
+SLOW = [pytest.mark.slow, needs_compiler]
+PATHS = [Plain, Packed, PlainAttention, pytest.param(Pieces, marks=needs_compiler),
+         pytest.param(Compiled, marks=SLOW), pytest.param(CompiledPieces, marks=SLOW)]  # fmt: skip
+
+
+@pytest.fixture(params=PATHS, ids=lambda kind: kind.__name__)
+def path(request, monkeypatch):
+    return request.param(monkeypatch)
 
 
 def case(name: str) -> dict[str, torch.Tensor]:
@@ -47,8 +148,8 @@ def target_continue(trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_one_call_of_the_loss_head(name):
-    trainer, wanted = trainer_of(name)
+def test_one_call_of_the_loss_head(name, path):
+    trainer, wanted = trainer_of(name, **path.changes)
     slots = trainer.envs.slots
     view, q_logits, actions = trainer._decide(slots)
     atol = FIRST_SEGMENT if name == "a" else 5e-5
@@ -67,6 +168,7 @@ def test_one_call_of_the_loss_head(name):
     relative(losses["q_continue"] * B, wanted["q_continue_loss"], 1e-5, "q_continue_loss")
     relative(losses["total"] * B, wanted["total_loss"], 1e-5, "total_loss")
     check_gradients(trainer, wanted)
+    path.check(trainer)
 
 
 def check_gradients(trainer, wanted) -> None:
@@ -177,11 +279,11 @@ def check_call(slots, actions, wanted, t) -> None:
 
 
 @pytest.mark.parametrize("learning", [False, True])
-def test_rollout_through_the_trainer(learning):
+def test_rollout_through_the_trainer(learning, path):
     """act_trace with weights that stand still. (learning: the negative control, they move.)"""
     wanted = golden("act_trace")
     inputs, labels = wanted["batch_inputs"], wanted["batch_labels"]
-    trainer = fed_trainer(inputs, labels, optim={"lr": 1e-2 if learning else 0.0})
+    trainer = fed_trainer(inputs, labels, optim={"lr": 1e-2 if learning else 0.0}, **path.changes)
 
     def run():
         for t in range(12):
@@ -203,6 +305,7 @@ def test_rollout_through_the_trainer(learning):
             run()
     else:
         run()
+        path.check(trainer)
 
 
 def check_sums(sums, wanted, t, slots) -> None:
@@ -271,7 +374,8 @@ def test_evaluation_mode_halts_at_the_budget():
 # --- twenty optimiser steps ---------------------------------------------------------------------------------
 
 
-def run_training(**changes) -> None:
+def run_training(**changes):
+    """The trainer, once all of its twenty updates are the recorded ones."""
     wanted = golden("train_trace")
     trainer = fed_trainer(wanted["batch_inputs"], wanted["batch_labels"], **changes)
     assert len(trainer.trained) == 20
@@ -283,8 +387,9 @@ def run_training(**changes) -> None:
         slots = trainer.envs.slots
         _, q_logits, actions = trainer._decide(slots)
         check_call(slots, actions, wanted, t)
-        close(q_logits[:, 0], wanted["q_halt_logits"][t], 1e-3, f"q_halt {t}")
-        close(q_logits[:, 1], wanted["q_continue_logits"][t], 1e-3, f"q_continue {t}")
+        for i, name in enumerate(("q_halt", "q_continue")):
+            logits = wanted[f"{name}_logits"][t]
+            close(q_logits[:, i], logits, 1e-3 * logits.abs().max().item(), f"{name} {t}")
         trainer.update()
         sums = trainer.sums.take()
         for ours in ("supervised", "q_halt", "q_continue", "total"):
@@ -292,15 +397,74 @@ def run_training(**changes) -> None:
             relative(sums[f"loss/{ours}"] * B, wanted[theirs][t], 1e-3, f"{theirs} {t}")
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in trainer.trained.values()))
         relative(norm, wanted["grad_norm"][t], 1e-3, f"gradient norm {t}")
-    for name, p in trainer.trained.items():
+    check_weights(trainer.trained, before, wanted)
+    return trainer
+
+
+def check_weights(weights, before, wanted) -> None:
+    """Those after the twenty updates; before: what they began from."""
+    released = {name: "inner." + name.removeprefix("core.").removeprefix("agent.") for name in weights}
+    for name, p in weights.items():
         relative(p.double().norm(), wanted[f"final_norm.{released[name]}"], 1e-5, name)
         relative((p - before[name]).double().norm(), wanted[f"delta_norm.{released[name]}"], 1e-3, name)
         if (final := wanted.get(f"final.{released[name]}")) is not None:
             close(p, final.view_as(p), 1e-5, name)
 
 
-def test_twenty_optimiser_steps():
-    run_training()
+def test_twenty_optimiser_steps(path):
+    path.check(run_training(**path.changes))
+
+
+def run_training_unwatched(replayed: bool = False, **changes):
+    """The trainer after the twenty updates, of which only what they lead to is looked at."""
+    wanted = golden("train_trace")
+    trainer = fed_trainer(wanted["batch_inputs"], wanted["batch_labels"], **changes)
+    before = {name: p.detach().cpu().clone() for name, p in trainer.trained.items()}
+    if replayed:
+        trainer.replayed = Replayed(trainer)
+    for _ in range(20):
+        trainer.update()
+    check_weights({name: p.detach().cpu() for name, p in trainer.trained.items()}, before, wanted)
+    return trainer
+
+
+def test_twenty_optimiser_steps_replayed():
+    """As one CUDA graph would replay them; here its body runs in its place."""
+    assert run_training_unwatched(replayed=True).replayed.replays >= 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_twenty_optimiser_steps_on_a_gpu(compile):
+    """Not as a captured graph, to which one cannot hand batches: that is held to these (tests/test_cuda_graph.py)."""
+    run_training_unwatched(compile=compile, device="cuda")
+
+
+def never_forget(patch):
+    patch.setattr(packing, "forget", lambda: None)
+
+
+def another_temperature(patch):
+    own = layers.plain_attention
+    patch.setattr(layers, "plain_attention", lambda query, key, value: own(query * 1.01, key, value))
+
+
+def a_piece_in_anothers_place(patch):
+    own = pieces._together
+    patch.setattr(pieces, "_together", lambda parts: own([parts[1], parts[0], *parts[2:]]))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("path", "spoil"),
+    [(Packed, never_forget), (PlainAttention, another_temperature), (Pieces, a_piece_in_anothers_place)],
+    indirect=["path"],
+)
+def test_a_fast_path_to_other_numbers_is_seen(path, spoil, monkeypatch):
+    """The negative controls of `path`."""
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError):
+        run_training(**path.changes)
 
 
 @pytest.mark.parametrize(

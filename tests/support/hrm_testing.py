@@ -180,7 +180,9 @@ def fed_trainer(inputs: Tensor, labels: Tensor, agent=QHaltingAgent, arguments: 
     if agent is QHaltingAgent:
         arguments = {"epsilon": 0.0, **(arguments or {})}
     optimiser = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1} | (optim or {})
+    core = core.to(changes.get("device", "cpu"))
     trainer = small_trainer(agent, arguments, core=core, optim=optimiser, **settings | changes)
+    inputs, labels = inputs.to(trainer.device), labels.to(trainer.device)
     if head is not None and hasattr(trainer.agent, "q_head"):
         trainer.agent.q_head.load_state_dict(head.state_dict())
     if not puzzle_embedding_learns:
