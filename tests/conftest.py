@@ -15,10 +15,10 @@ for folder in (TESTS / "support", TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-# The same examples in every run, so that a change is not refused for what chance found; a hunt for new ones:
-# python -m pytest --hypothesis-profile hunt
+# The same examples in every run, so that a change is not refused for what chance found. A hunt for new ones (what it
+# finds is worth an @example): python -m pytest --hypothesis-profile hunt
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
-settings.register_profile("hunt", deadline=None, print_blob=True)
+settings.register_profile("hunt", settings.get_profile("default"), deadline=None, print_blob=True)
 settings.load_profile("fixed")
 
 

@@ -288,7 +288,7 @@ def test_out_of_memory_says_what_to_lower(monkeypatch, capsys, error):
 
 def test_too_large_for_any_memory(place, monkeypatch, capsys):
     """Than any address space has."""
-    words = [*TRAIN, "--core.hidden_size", str(1 << 22), "--core.inner_multiple", str(1 << 24)]
+    words = [*TRAIN, "--core.hidden_size", str(1 << 23), "--core.inner_multiple", str(1 << 24)]
     assert refusal(words, monkeypatch, capsys).startswith("out of memory; lower num_envs")
 
 

@@ -113,7 +113,7 @@ def broken_promises(choose, noise: float, net: bool = False) -> float:
 
 
 @pytest.mark.parametrize("bound", ["binomial", "hoeffding"])
-@pytest.mark.parametrize("noise", [0.35, 0.5])
+@pytest.mark.parametrize("noise", [0.35, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_guarantee_holds_in_simulation(bound, noise):
     """P(risk > delta) <= alpha over the validation draw: the count is compatible with that at the level 0.1 %."""
     share = broken_promises(lambda s, e: for_risk(s, e, DELTA, ALPHA, bound).threshold, noise, bound == "hoeffding")

@@ -134,6 +134,7 @@ def test_plug_ins_run_live_once_and_then_from_the_cache(run, monkeypatch):
     assert run(*words)[0]["agents"] == first["agents"]
 
 
+@pytest.mark.slow
 def test_a_target_of_mean_steps_and_a_risk_bound(run):
     quick = ("--timing", "false", "--agents", "confidence", "fixed", "random")
     by_steps, text = run(*quick, "--calibrate", "steps", "--mean-steps", "4")

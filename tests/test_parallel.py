@@ -67,7 +67,7 @@ def end(process: subprocess.Popen) -> None:
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(60)  # more than the ranks are given
     process.kill()
 
 

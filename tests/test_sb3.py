@@ -28,7 +28,7 @@ from hrm_rl.metrics import read_metrics
 from hrm_rl.sb3_training import SB3Trainer
 from hrm_rl.trainer import is_due
 
-ALGORITHMS = ("DQN", "PPO", "A2C")
+ALGORITHMS = ("DQN", "PPO", pytest.param("A2C", marks=pytest.mark.slow))  # A2C learns as PPO does, in other doses
 B, M = 4, 5
 #: Settings with which a few hundred steps on the counting core are enough.
 QUICK = {

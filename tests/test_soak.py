@@ -39,7 +39,7 @@ def test_memory_and_files_stay_as_they_are(tmp_path, leak):
     memory, files = seen["memory"], seen["files"]
     growth, error = slope(memory)
     print(f"memory {memory[0]:.1f} to {memory[-1]:.1f} MB, growth {growth:.2f} +- {error:.2f} MB, files {set(files)}")
-    flat = growth < max(3 * error, 1.0)  # it settles by 0.5 MB; the control keeps 4.7 more
+    flat = growth < max(3 * error, 2.0)  # it settles by 0.5 MB; the control grows by 5.9
     assert flat == (leak == 0), (growth, error, memory[0])
     quarter = len(files) // 4  # a file may be open for a moment, as one is looked at; none may stay open
     assert median(files[-quarter:]) == median(files[:quarter]) and seen["files_left"] < median(files)

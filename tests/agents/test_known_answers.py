@@ -66,7 +66,11 @@ def assert_fixed_point(table, wanted, atol=0.03):
     assert worst < atol, f"off by {worst:.3f}:\n{table}\n{wanted}"
 
 
-CASES = [(mode, *span) for mode in q_targets.BOOTSTRAPS for span in ((3, None), (2, 2))]
+CASES = [
+    pytest.param(mode, *span, marks=pytest.mark.slow if mode == "shared_prefix_all" else ())
+    for mode in q_targets.BOOTSTRAPS
+    for span in ((3, None), (2, 2))
+]
 CASES += [("extra_forward", 1, None), ("shared_prefix", 9, None)]
 
 

@@ -51,8 +51,9 @@ def test_the_first_example_is_short():
 
 @pytest.mark.parametrize(
     ("path", "flag", "value"),
-    [("my_agent.ConfidentAgent", "threshold", "0.4"), ("patientagent.PatientAgent", "patience", "1")],
-)
+    [("my_agent.ConfidentAgent", "threshold", "0.4"),
+     pytest.param("patientagent.PatientAgent", "patience", "1", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_the_pages_text_trains_evaluates_and_resumes(users_folder, capsys, path, flag, value):
     common = [*RUN, "--objective", "supervised", "--name", "mine", "--checkpoint-every", "2"]
     assert train.main([*common, "--agent", path, f"--agent.{flag}", value]) == 0

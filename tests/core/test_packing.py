@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.q_targets import BOOTSTRAPS
 from hrm_rl.core import HRMCore, packing
 from hrm_rl.core.layers import Linear
 from hrm_rl.devices import can_compile
-from tests.support.hrm_testing import lively_trainer, small_core, tiny_config
+from tests.support.hrm_testing import MODES, lively_trainer, small_core, tiny_config
 
 CPU, MANY = torch.device("cpu"), 10_000
 SETTINGS = {"hidden_size": 128, "num_heads": 4, "puzzle_emb_ndim": 128, "dtype": "float32"}
@@ -140,7 +139,7 @@ def few_slots(monkeypatch):
 
 @can_pack
 @pytest.mark.usefixtures("few_slots")
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 def test_updates_learn_what_those_without_packed_weights_learn(bootstrap, monkeypatch):
     def learned() -> dict[str, torch.Tensor]:
         trainer = large_trainer(bootstrap, ema=0.9)
@@ -185,7 +184,7 @@ def test_weights_changed_between_updates_count():
 
 @can_pack
 @pytest.mark.usefixtures("few_slots")
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 def test_a_resumed_run_goes_on_number_for_number(bootstrap):
     trainer, resumed = large_trainer(bootstrap), large_trainer(bootstrap)
     for updates in (0, 3):

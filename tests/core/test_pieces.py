@@ -13,12 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from agents.q_targets import BOOTSTRAPS
 from hrm_rl.core import HRMCore, State, packing, pieces
 from hrm_rl.core.pieces import InPieces, Threads, cut
 from hrm_rl.devices import can_compile
 from hrm_rl.timing import CompileGuard
-from tests.support.hrm_testing import lively_trainer, small_core, tiny_config
+from tests.support.hrm_testing import MODES, lively_trainer, small_core, tiny_config
 
 CPU, MANY = torch.device("cpu"), 10_000
 SETTINGS = {"hidden_size": 128, "num_heads": 4, "puzzle_emb_ndim": 128, "dtype": "float32"}
@@ -32,8 +31,10 @@ def uncompiled(monkeypatch):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Cores are computed in pieces, however few slots there are, of two slots at most."""
+    """Cores are computed in pieces on two threads, however few slots there are, of two slots at most."""
     monkeypatch.setattr(pieces, "SMALLEST_STATE", 0)
+    monkeypatch.setattr(pieces, "MOST_THREADS", 1 << 20)
+    monkeypatch.setattr("hrm_rl.trainer.Threads", lambda count: Threads(2))
     monkeypatch.setattr(pieces, "LARGEST", 2 * 17 * 128)
 
 
@@ -216,7 +217,7 @@ def test_a_trainer_that_does_not_compile_computes_as_a_whole():
 
 @needs_compiler
 @pytest.mark.usefixtures("uncompiled", "small_pieces")
-@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
+@pytest.mark.parametrize("bootstrap", MODES)
 def test_updates_learn_what_those_of_the_whole_learn(bootstrap):
     def learned(compile: str) -> dict[str, torch.Tensor]:
         trainer = trainer_of(bootstrap, compile)

@@ -128,6 +128,7 @@ def test_the_report_is_about_accuracy_and_cost(study, tmp_path):
     assert figure.startswith("<svg") and "MFLOP a puzzle" in figure and "one pass" in figure
 
 
+@pytest.mark.slow
 def test_a_study_of_q_learners_is_told_as_before(study, tmp_path):
     from synthetic_study import make_study, standard_arms
 

@@ -30,7 +30,8 @@ def main(folder: Path, leak: int) -> None:
     updates = STEPS // SLOTS
     for update in range(1, updates + 1):
         details = trainer.update(detailed=update % 5 == 0, before_detailed=update % 5 == 4)
-        kept.append(np.ones(leak) if leak else None)
+        if leak:
+            kept.append(np.ones(leak))
         if update % 5 == 0:
             writer.write(update, trainer.line(details, 1.0))
         if update % 50 == 0:
