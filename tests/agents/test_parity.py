@@ -105,6 +105,7 @@ class Pieces(Plain):
         assert all(isinstance(part, pieces.InPieces) for part in parts)
         assert {rows for _, rows, _ in parts[0]._begun} == {2}
 
+
 class Compiled(Plain):
     """By torch.compile, with packed weights: as wide cores are trained in float32."""
 
