@@ -12,6 +12,7 @@ import torch
 from hrm_testing import MODES, NoWaiting, lively_trainer, small_core, small_trainer
 
 from agents import AGENTS, HaltingAgent, find_agent
+from agents.q_targets import BOOTSTRAPS
 from hrm_rl import cuda_graph
 from hrm_rl.core import build_core
 from hrm_rl.cuda_graph import WARM_UP, Replayed
@@ -180,7 +181,7 @@ def test_an_agent_that_does_not_say_it_can_be_captured_is_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bootstrap", MODES)
+@pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
 def test_a_captured_graph_gives_the_numbers_of_ordinary_updates(bootstrap):
     changes = {"bootstrap": bootstrap, "augment": True, "device": "cuda", "optim": {"optimizer": "adamw", "ema": 0.9}}
     plain, replayed = small_trainer(**changes), small_trainer(cuda_graph="on", **changes)

@@ -31,6 +31,7 @@ class Plain:
     """Every operation as it is written; the others are ways to the same numbers that training takes on a CPU."""
 
     changes = {}  # of the trainer
+    logits = 1e-3  # how far Q-logits may be off along the training
 
     def __init__(self, patch: pytest.MonkeyPatch):
         pass
@@ -107,9 +108,13 @@ class Pieces(Plain):
 
 
 class Compiled(Plain):
-    """By torch.compile, with packed weights: as wide cores are trained in float32."""
+    """By torch.compile, with packed weights: as wide cores are trained in float32.
+
+    Its fused operations round otherwise, which grows along the training: 2.2e-3 at logits of up to 12.
+    """
 
     changes = {"compile": "on"}
+    logits = 5e-3
 
     def __init__(self, patch: pytest.MonkeyPatch):
         pack(patch)
@@ -123,6 +128,8 @@ class Compiled(Plain):
 
 class CompiledPieces(Pieces):
     """With packed weights: as cores of middle width are trained in float32."""
+
+    logits = Compiled.logits
 
     def __init__(self, patch: pytest.MonkeyPatch):
         few_slots_at_a_time(patch)
@@ -399,8 +406,8 @@ def test_evaluation_mode_halts_at_the_budget():
 # --- twenty optimiser steps ---------------------------------------------------------------------------------
 
 
-def run_training(**changes):
-    """The trainer, once all of its twenty updates are the recorded ones."""
+def run_training(logits: float = Plain.logits, **changes):
+    """The trainer, once all of its twenty updates are the recorded ones; logits: how far Q-logits may be off."""
     wanted = golden("train_trace")
     trainer = fed_trainer(wanted["batch_inputs"], wanted["batch_labels"], **changes)
     assert len(trainer.trained) == 20
@@ -412,9 +419,8 @@ def run_training(**changes):
         slots = trainer.envs.slots
         _, q_logits, actions = trainer._decide(slots)
         check_call(slots, actions, wanted, t)
-        for i, name in enumerate(("q_halt", "q_continue")):
-            logits = wanted[f"{name}_logits"][t]
-            close(q_logits[:, i], logits, 1e-3 * logits.abs().max().item(), f"{name} {t}")
+        close(q_logits[:, 0], wanted["q_halt_logits"][t], logits, f"q_halt {t}")
+        close(q_logits[:, 1], wanted["q_continue_logits"][t], logits, f"q_continue {t}")
         trainer.update()
         sums = trainer.sums.take()
         for ours in ("supervised", "q_halt", "q_continue", "total"):
@@ -437,7 +443,7 @@ def check_weights(weights, before, wanted) -> None:
 
 
 def test_twenty_optimiser_steps(path):
-    path.check(run_training(**path.changes))
+    path.check(run_training(path.logits, **path.changes))
 
 
 def run_training_unwatched(replayed: bool = False, **changes):
