@@ -332,7 +332,7 @@ def test_a_fresh_process_says_when_its_first_update_was_done(tiny):
     (config,) = bench.train_configs(train(tiny, "--compile", "off", "--bootstrap", "none")).values()
     began = time.perf_counter()
     taken = bench.fresh(config)
-    assert 0 < taken["seconds_to_first_update"] < time.perf_counter() - began
+    assert 0.5 < taken["seconds_to_first_update"] < time.perf_counter() - began
     assert 100 * 2**20 < taken["peak_memory"] < 2000 * 2**20
 
 

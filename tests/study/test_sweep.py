@@ -220,7 +220,7 @@ def test_signals_stop_it_at_once_and_no_worker_is_left(tmp_path, number):
         os.killpg(process.pid, number)  # as Ctrl-C does
     else:
         process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=20)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in errors and (number == signal.SIGKILL or "leaked" not in errors)
     until = time.monotonic() + 60
@@ -256,8 +256,7 @@ def test_a_local_ray_of_two_workers(tmp_path, capfd):
     assert where != os.getpid() and threads == 1 and told.finished == 6
     assert not temporary.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-    own = re.compile(r"\(raylet\)|\[\d{4}-\d\d-\d\d [\d:,]+ [IWE] \d+ \d+\]")  # of the worker that died; Ray's own log
-    assert not [line for line in said if not own.search(line)]
+    assert not [line for line in said if "(raylet)" not in line]  # Ray tells of the worker that died
 
 
 @pytest.mark.parametrize(
@@ -289,6 +288,6 @@ def test_ray_that_never_answers_is_given_up(monkeypatch, capsys):
     began = time.monotonic()
     with pytest.raises(UserError, match="--ray-address auto: Ray does not answer within 0.1 seconds"):
         sweep.RayWorkers("auto", 2, 1)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 3
     print("it can be told", file=sys.stderr)
     assert capsys.readouterr().err == "it can be told\n"

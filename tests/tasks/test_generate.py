@@ -100,9 +100,6 @@ def test_bad_specs_are_named(settings, message):
 @pytest.mark.slow
 def test_a_thousand_minimal_puzzles_a_second():
     generate_puzzles(PuzzleSpec(count=1))  # compiles
-    taken = []
-    for seed in range(3):  # the best of them: other work on the machine only ever makes it slower
-        start = time.process_time()
-        generate_puzzles(PuzzleSpec(count=2000, seed=seed))
-        taken.append(time.process_time() - start)
-    assert 2000 / min(taken) >= 1000
+    start = time.process_time()
+    generate_puzzles(PuzzleSpec(count=2000, seed=9))
+    assert 2000 / (time.process_time() - start) >= 1000
